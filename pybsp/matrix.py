@@ -1,0 +1,164 @@
+"""Block-sparse matrices in torch's BSR fields.
+
+A ``BlockSparseMatrix`` of shape ``(out, in)`` and block shape ``(r, c)`` keeps the
+blocks that are not zero: ``values`` ``(nnz, r, c)``, ordered by block row and then by
+block column, ``col_indices`` ``(nnz,)`` and ``crow_indices`` ``(out/r + 1,)``.
+
+In memory each block lies column by column (strides ``(r*c, 1, r)``): the kernel then
+reads the ``r`` weights of one input feature from consecutive addresses, so the storage
+format is the execution format and no second copy exists.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import ops
+from .blocks import BlockShape, BlockShapeSpec, block_view, resolve_block_shape
+from .reference import block_sparse_to_dense
+
+
+class BlockSparseMatrix:
+    """A two-dimensional float32 matrix that stores only its nonzero blocks.
+
+    Parameters
+    ----------
+    crow_indices : int32 tensor ``(out/r + 1,)``
+        Block row ``i`` owns blocks ``crow_indices[i]:crow_indices[i+1]``.
+    col_indices : int32 tensor ``(nnz,)``
+        Block column of every block, strictly increasing within a block row.
+    values : float32 tensor ``(nnz, r, c)``
+        May require grad; kept as it is when its blocks already lie column by column.
+    shape : ``(out, in)``
+
+    Raises ``ValueError`` or ``TypeError`` when the fields contradict each other.
+    """
+
+    __slots__ = ("_runner", "_schedule", "col_indices", "crow_indices", "shape", "values")
+
+    def __init__(
+        self,
+        crow_indices: torch.Tensor,
+        col_indices: torch.Tensor,
+        values: torch.Tensor,
+        shape: tuple[int, int],
+    ) -> None:
+        self.shape = (int(shape[0]), int(shape[1]))
+        self.crow_indices = crow_indices.to(torch.int32).contiguous()
+        self.col_indices = col_indices.to(torch.int32).contiguous()
+        self.values = ops.column_major_blocks(values)
+        ops.check_block_sparse(
+            self.crow_indices, self.col_indices, self.values, self.shape
+        )
+        self._schedule: torch.Tensor | None = None
+        self._runner: ops.Runner | None = None
+
+    @classmethod
+    def from_dense(
+        cls, weight: torch.Tensor, block_shape: BlockShapeSpec
+    ) -> BlockSparseMatrix:
+        """Keep the blocks of ``weight`` that have any nonzero element.
+
+        NaN and infinite weights raise ``ValueError``.
+        """
+        ops.check_weight(weight)
+        if not torch.isfinite(weight).all():
+            raise ValueError(
+                "weight holds NaN or infinite values; a block-sparse matrix must be "
+                "finite: check the checkpoint or the training run that made it"
+            )
+        shape = resolve_block_shape(block_shape, weight.shape)
+        blocks = block_view(weight.detach(), shape)
+        mask = (blocks != 0).any(3).any(2)
+        return cls.from_mask(weight, mask, shape)
+
+    @classmethod
+    def from_mask(
+        cls, weight: torch.Tensor, mask: torch.Tensor, block_shape: BlockShape
+    ) -> BlockSparseMatrix:
+        """Keep the blocks of ``weight`` where the ``(out/r, in/c)`` mask is True."""
+        blocks = block_view(weight.detach(), block_shape)
+        crow_indices = torch.zeros(mask.shape[0] + 1, dtype=torch.int32)
+        crow_indices[1:] = mask.sum(1).cumsum(0)
+        row_indices, col_indices = mask.nonzero(as_tuple=True)
+        values = blocks.transpose(2, 3)[row_indices, col_indices].transpose(1, 2)
+        return cls(crow_indices, col_indices, values, (weight.shape[0], weight.shape[1]))
+
+    @classmethod
+    def from_bsr(cls, tensor: torch.Tensor) -> BlockSparseMatrix:
+        """From a two-dimensional ``torch.sparse_bsr`` tensor."""
+        if tensor.layout != torch.sparse_bsr or tensor.dim() != 2:
+            raise TypeError(
+                f"expected a two-dimensional torch.sparse_bsr tensor; got layout "
+                f"{tensor.layout} with {tensor.dim()} dimensions"
+            )
+        return cls(
+            tensor.crow_indices(),
+            tensor.col_indices(),
+            tensor.values(),
+            (tensor.shape[0], tensor.shape[1]),
+        )
+
+    def to_bsr(self) -> torch.Tensor:
+        """As a ``torch.sparse_bsr`` tensor with contiguous blocks."""
+        return torch.sparse_bsr_tensor(
+            self.crow_indices,
+            self.col_indices,
+            self.values.detach().contiguous(),
+            size=self.shape,
+        )
+
+    def to_dense(self) -> torch.Tensor:
+        """The dense ``(out, in)`` matrix; differentiable in ``values``."""
+        return block_sparse_to_dense(
+            self.crow_indices, self.col_indices, self.values, self.shape
+        )
+
+    @property
+    def block_shape(self) -> BlockShape:
+        return self.values.shape[1], self.values.shape[2]
+
+    @property
+    def nnz(self) -> int:
+        """Number of kept blocks."""
+        return self.values.shape[0]
+
+    @property
+    def density(self) -> float:
+        """Kept fraction of the weights."""
+        total = self.shape[0] * self.shape[1]
+        return self.values.numel() / total if total else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and indices, without the schedule derived from them."""
+        fields = (self.crow_indices, self.col_indices, self.values)
+        return sum(field.numel() * field.element_size() for field in fields)
+
+    @property
+    def schedule(self) -> torch.Tensor:
+        """How the kernel walks the blocks (int32, see ``ops.token_lane_schedule``)."""
+        if self._schedule is None:
+            self._schedule = ops.token_lane_schedule(
+                self.crow_indices, self.col_indices, self.shape, self.block_shape
+            )
+        return self._schedule
+
+    @property
+    def runner(self) -> ops.Runner:
+        """The native call bound to these fields, for eager inference."""
+        if self._runner is None:
+            self._runner = ops.Runner(
+                self.crow_indices,
+                self.col_indices,
+                self.schedule,
+                self.shape,
+                self.block_shape,
+            )
+        return self._runner
+
+    def __repr__(self) -> str:
+        return (
+            f"BlockSparseMatrix(shape={self.shape}, block_shape={self.block_shape}, "
+            f"density={self.density:.3f}, nbytes={self.nbytes})"
+        )

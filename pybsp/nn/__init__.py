@@ -1,0 +1,5 @@
+"""Inference modules."""
+
+from .linear import BlockSparseLinear
+
+__all__ = ["BlockSparseLinear"]

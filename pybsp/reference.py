@@ -1,0 +1,105 @@
+"""Every native operation in a few lines of plain torch.
+
+These definitions are what the kernels are tested against, and they serve tensors that
+are not on the CPU. Symbols: a weight ``W`` of shape ``(out, in)`` in blocks ``(r, c)``,
+``||W_b||`` the Frobenius norm of block ``b``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .blocks import BlockShape, block_view, expand_blocks
+
+ACTIVATIONS = {
+    None: lambda y: y,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def block_norms(weight: torch.Tensor, block_shape: BlockShape) -> torch.Tensor:
+    """``||W_b||`` for every block, shape ``(out/r, in/c)``."""
+    return torch.linalg.vector_norm(block_view(weight, block_shape), dim=(2, 3))
+
+
+def reweight(norms: torch.Tensor, eps: float) -> torch.Tensor:
+    """``1 / (||W_b|| + eps)`` (Li et al. 2020)."""
+    return 1.0 / (norms + eps)
+
+
+def group_lasso_grad_(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    factors: torch.Tensor,
+    lam: float,
+    block_shape: BlockShape,
+) -> float:
+    """``grad += lam * factor_b * W_b / ||W_b||``; returns ``lam * sum_b factor_b ||W_b||``.
+
+    A block that is exactly zero has gradient zero (the minimum-norm subgradient).
+    """
+    norms = block_norms(weight, block_shape)
+    scale = torch.where(norms > 0, lam * factors / norms, 0.0)
+    grad += expand_blocks(scale, block_shape) * weight
+    return float(lam * (factors.double() * norms.double()).sum())
+
+
+def group_lasso_prox_(
+    weight: torch.Tensor, thresholds: torch.Tensor, block_shape: BlockShape
+) -> torch.Tensor:
+    """``W_b *= max(0, 1 - threshold_b / ||W_b||)``: exact zeros where ``||W_b|| <= threshold_b``."""
+    norms = block_norms(weight, block_shape)
+    scale = torch.where(norms > thresholds, 1.0 - thresholds / norms, 0.0)
+    weight.copy_(torch.where(expand_blocks(norms > thresholds, block_shape),
+                             weight * expand_blocks(scale, block_shape), 0.0))
+    return weight
+
+
+def block_mask(scores: torch.Tensor, keep: int) -> torch.Tensor:
+    """Boolean mask of the ``keep`` largest scores; of equal scores the first (row-major) stay."""
+    order = torch.sort(scores.flatten(), descending=True, stable=True).indices
+    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    mask[order[:keep]] = True
+    return mask.view(scores.shape)
+
+
+def apply_block_mask_(
+    weight: torch.Tensor, mask: torch.Tensor, block_shape: BlockShape
+) -> torch.Tensor:
+    """Zero the blocks whose mask is False."""
+    return weight.masked_fill_(~expand_blocks(mask, block_shape), 0.0)
+
+
+def block_sparse_to_dense(
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    values: torch.Tensor,
+    shape: tuple[int, int],
+) -> torch.Tensor:
+    """The dense ``(out, in)`` matrix of BSR fields, ``values`` of shape ``(nnz, r, c)``."""
+    rows, cols = values.shape[1:]
+    grid_rows, grid_cols = shape[0] // rows, shape[1] // cols
+    row_indices = torch.repeat_interleave(
+        torch.arange(grid_rows, device=values.device), crow_indices.diff().long()
+    )
+    blocks = values.new_zeros(grid_rows, grid_cols, rows, cols)
+    blocks = blocks.index_put((row_indices, col_indices.long()), values)
+    return blocks.transpose(1, 2).reshape(shape)
+
+
+def block_sparse_linear(
+    x: torch.Tensor,
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    values: torch.Tensor,
+    shape: tuple[int, int],
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """``activation(x @ W.T + bias)`` through the dense ``W``."""
+    weight = block_sparse_to_dense(crow_indices, col_indices, values, shape)
+    return ACTIVATIONS[activation](F.linear(x, weight, bias))
