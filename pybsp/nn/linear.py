@@ -8,8 +8,11 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..blocks import BlockShapeSpec
+from ..blocks import BlockShape, BlockShapeSpec
 from ..matrix import BlockSparseMatrix
+
+#: The names of the three tensors of a packed weight, as in ``torch.sparse_bsr``.
+FIELDS = ("weight_values", "weight_crow_indices", "weight_col_indices")
 
 
 class BlockSparseLinear(nn.Module):
@@ -18,11 +21,14 @@ class BlockSparseLinear(nn.Module):
     Parameters and buffers carry torch's BSR names: ``weight_values`` ``(nnz, r, c)``
     (a parameter, so it is counted, saved and trained), ``weight_crow_indices`` and
     ``weight_col_indices`` (int32 buffers), ``bias`` ``(out,)`` or None. The zero
-    pattern is fixed; gradients reach only the kept blocks.
+    pattern is fixed; gradients reach only the kept blocks. To change the pattern
+    replace the tensors or call ``load_state_dict``; do not write into the indices.
     """
 
+    weight_values: nn.Parameter
     weight_crow_indices: torch.Tensor
     weight_col_indices: torch.Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -33,13 +39,16 @@ class BlockSparseLinear(nn.Module):
         super().__init__()
         ops.check_activation(activation)
         self.out_features, self.in_features = matrix.shape
-        self.block_shape = matrix.block_shape
+        self.block_shape: BlockShape = matrix.block_shape
         self.activation = activation
         self.weight_values = nn.Parameter(matrix.values.detach())
         self.register_buffer("weight_crow_indices", matrix.crow_indices)
         self.register_buffer("weight_col_indices", matrix.col_indices)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.register_parameter(
+            "bias", None if bias is None else nn.Parameter(bias.detach().clone())
+        )
         self._matrix: BlockSparseMatrix | None = None
+        self._address = 0
 
     @classmethod
     def from_linear(
@@ -52,6 +61,187 @@ class BlockSparseLinear(nn.Module):
         matrix = BlockSparseMatrix.from_dense(linear.weight, block_shape)
         layer = cls(matrix, linear.bias, activation)
         layer.train(linear.training)
-        for parameter in layer.parameters():
-            parameter.requires_grad_(linear.weight.requires_grad)
+        layer.weight_values.requires_grad_(linear.weight.requires_grad)
+        if layer.bias is not None:
+            layer.bias.requires_grad_(linear.bias.requires_grad)
         return layer
+
+    def to_linear(self) -> nn.Linear:
+        """The same layer with a dense weight.
+
+        ``ValueError`` when an activation is computed in the layer: ``nn.Linear`` has
+        none (``pybsp.nn.unpack_`` gives it back to the module it was taken from).
+        """
+        if self.activation is not None:
+            raise ValueError(
+                f"this layer computes {self.activation!r} itself and nn.Linear does not: "
+                "call pybsp.nn.unpack_ on the model, or set layer.activation = None and "
+                "apply the activation after it"
+            )
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta"
+        )
+        linear.weight = nn.Parameter(
+            self.weight.detach(), requires_grad=self.weight_values.requires_grad
+        )
+        if self.bias is not None:
+            linear.bias = nn.Parameter(
+                self.bias.detach().clone(), requires_grad=self.bias.requires_grad
+            )
+        linear.pybsp_block_shape = self.block_shape  # type: ignore[assignment]
+        return linear.train(self.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Straight from the dictionaries: a lookup through nn.Module.__getattr__ costs
+        # a third of a microsecond, and a small layer takes five in all.
+        parameters = self._parameters
+        values = parameters["weight_values"]
+        matrix = self._matrix
+        if (
+            matrix is None
+            or matrix.values is not values
+            or self._address != values.data_ptr()
+        ):
+            matrix = self.matrix
+        return ops.block_sparse_linear(x, matrix, parameters["bias"], self.activation)
+
+    @property
+    def matrix(self) -> BlockSparseMatrix:
+        """The weight as a matrix over this module's own tensors; no copy.
+
+        Built once and again whenever a tensor was replaced, moved or loaded.
+        """
+        matrix, values = self._matrix, self.weight_values
+        if (
+            matrix is None
+            or matrix.values is not values
+            or matrix.crow_indices is not self.weight_crow_indices
+            or matrix.col_indices is not self.weight_col_indices
+            or self._address != values.data_ptr()
+        ):
+            if isinstance(values, nn.Parameter):
+                values.data = ops.column_major_blocks(values.data)
+            matrix = matrix_from_fields(
+                values,
+                self.weight_crow_indices,
+                self.weight_col_indices,
+                (self.out_features, self.in_features),
+            )
+            self.weight_crow_indices = matrix.crow_indices
+            self.weight_col_indices = matrix.col_indices
+            self.block_shape = matrix.block_shape
+            self._matrix, self._address = matrix, values.data_ptr()
+        return matrix
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense ``(out, in)`` weight, rebuilt on every access."""
+        return self.matrix.to_dense()
+
+    @property
+    def density(self) -> float:
+        """Kept fraction of the weights."""
+        total = self.out_features * self.in_features
+        return self.weight_values.numel() / total if total else 0.0
+
+    def extra_repr(self) -> str:
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, block_shape={self.block_shape}, "
+            f"density={self.density:.3f}"
+        )
+        return text if self.activation is None else f"{text}, activation={self.activation}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BlockSparseLinear:
+        self._matrix = None
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The matrix holds a native handle; a copy or an unpickled module makes its own.
+        return {**self.__dict__, "_matrix": None, "_address": 0}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        """Load packed fields of any pattern, or a dense ``weight`` with zero blocks."""
+        error_messages: list[str] = args[-1]
+        try:
+            matrix = self._matrix_from_state_dict(state_dict, prefix)
+        except (TypeError, ValueError) as error:
+            error_messages.append(f"{prefix}weight: {error}")
+            return
+        if matrix is not None:
+            self._resize(matrix)
+            state_dict = {k: v for k, v in state_dict.items() if k != f"{prefix}weight"}
+            fields = (matrix.values, matrix.crow_indices, matrix.col_indices)
+            state_dict.update(zip((prefix + name for name in FIELDS), fields, strict=True))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._matrix = None
+
+    def _matrix_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str
+    ) -> BlockSparseMatrix | None:
+        shape = (self.out_features, self.in_features)
+        present = [name for name in FIELDS if prefix + name in state_dict]
+        dense = state_dict.get(f"{prefix}weight")
+        if dense is not None and not present:
+            if tuple(dense.shape) != shape:
+                raise ValueError(
+                    f"the dense weight in the checkpoint has shape {tuple(dense.shape)}; "
+                    f"this layer is {shape}"
+                )
+            return BlockSparseMatrix.from_dense(dense, self.block_shape)
+        if not present:
+            return None
+        if len(present) < len(FIELDS):
+            missing = sorted(set(FIELDS) - set(present))
+            raise ValueError(
+                f"the checkpoint lacks {', '.join(missing)} beside {', '.join(present)}; "
+                "a packed weight needs all three: save the model again"
+            )
+        values, crow_indices, col_indices = (state_dict[prefix + name] for name in FIELDS)
+        return matrix_from_fields(values, crow_indices, col_indices, shape)
+
+    def _resize(self, matrix: BlockSparseMatrix) -> None:
+        self.block_shape = matrix.block_shape
+        old = self.weight_values
+        if old.shape != matrix.values.shape:
+            values = torch.empty_like(matrix.values, device=old.device, dtype=old.dtype)
+            self.weight_values = nn.Parameter(values, requires_grad=old.requires_grad)
+        for name, indices in zip(
+            FIELDS[1:], (matrix.crow_indices, matrix.col_indices), strict=True
+        ):
+            if self._buffers[name].shape != indices.shape:  # type: ignore[union-attr]
+                setattr(self, name, torch.empty_like(indices, device=old.device))
+
+
+def matrix_from_fields(
+    values: torch.Tensor,
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    shape: tuple[int, int],
+) -> BlockSparseMatrix:
+    """A matrix of fields read from a file, which nobody has checked yet.
+
+    Raises ``ValueError`` or ``TypeError`` when they are not those of a block-sparse
+    float32 matrix of ``shape``.
+    """
+    if values.dim() != 3 or crow_indices.dim() != 1 or col_indices.dim() != 1:
+        raise ValueError(
+            "a packed weight has values (nnz, r, c) and one-dimensional indices; got "
+            f"shapes {tuple(values.shape)}, {tuple(crow_indices.shape)} and "
+            f"{tuple(col_indices.shape)}: the checkpoint is damaged"
+        )
+    for name, indices in (("crow", crow_indices), ("col", col_indices)):
+        if indices.is_floating_point() or indices.is_complex():
+            raise TypeError(
+                f"{name}_indices must be integers; got {indices.dtype}: the checkpoint "
+                "is damaged"
+            )
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < 2**31:
+            raise ValueError(
+                f"{name}_indices reach from {int(indices.min())} to {int(indices.max())}, "
+                "outside of 0 to 2**31 - 1: the checkpoint is damaged"
+            )
+    return BlockSparseMatrix(crow_indices, col_indices, values, shape)
