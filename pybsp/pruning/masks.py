@@ -1,0 +1,125 @@
+"""Block masks of an exact size, for one layer or for many ranked together.
+
+The blocks of a pool of layers are ranked by score and the lowest are removed until the
+pool's sparsity is met. With blocks of one size the number removed is exactly
+``round(sparsity * blocks)``; with mixed sizes the removed weights are within half a
+block of the target. Of equal scores the first stay, so every process that holds the
+same weights arrives at the same masks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .. import ops
+from .config import BlockPruningConfig, Ranking
+from .targets import Target
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Layers whose blocks are ranked together, and the sparsity they reach."""
+
+    targets: tuple[Target, ...]
+    sparsity: float
+
+
+def pools(targets: Sequence[Target], cfg: BlockPruningConfig) -> list[Pool]:
+    """One pool per layer, or one for all layers without a target of their own."""
+    single = [
+        Pool((t,), cfg.target_sparsity if t.own_sparsity is None else t.own_sparsity)
+        for t in targets
+        if cfg.scope == "layer" or t.own_sparsity is not None
+    ]
+    rest = tuple(t for t in targets if cfg.scope == "global" and t.own_sparsity is None)
+    return [Pool(rest, cfg.target_sparsity), *single] if rest else single
+
+
+def block_scores(
+    norms: torch.Tensor, block_size: int, ranking: Ranking
+) -> torch.Tensor:
+    """Scores of blocks from their norms; see ``ranking`` in the config."""
+    if ranking == "norm":
+        return norms
+    rms = norms / math.sqrt(block_size)
+    if ranking == "rms":
+        return rms
+    mean = rms.mean()
+    return rms / mean if mean > 0 else rms
+
+
+def check_feasible(pool: Pool, max_layer_sparsity: float) -> None:
+    """``ValueError`` when the cap leaves a pool more blocks than its target allows."""
+    sizes = [t.block_size for t in pool.targets]
+    blocks = [t.grid[0] * t.grid[1] for t in pool.targets]
+    removable = sum(
+        (n - _protected(n, max_layer_sparsity)) * size
+        for n, size in zip(blocks, sizes, strict=True)
+    )
+    total = sum(n * size for n, size in zip(blocks, sizes, strict=True))
+    short = pool.sparsity * total - removable
+    if short > max(sizes) / 2 or removable == 0:
+        where = f"'{pool.targets[0].name}'"
+        if len(pool.targets) > 1:
+            where += f" and {len(pool.targets) - 1} more layers"
+        raise ValueError(
+            f"a sparsity of {pool.sparsity:g} cannot be reached in {where}: with "
+            f"blocks of {max(sizes)} weights and max_layer_sparsity = {max_layer_sparsity:g} "
+            f"at most {removable / total:.3g} can go; use smaller blocks or raise it"
+        )
+
+
+def select_masks(
+    norms: Mapping[str, torch.Tensor],
+    pool: Pool,
+    cfg: BlockPruningConfig,
+    level: float = 1.0,
+) -> dict[str, torch.Tensor]:
+    """Masks (True = kept) of ``level * pool.sparsity`` over the pool.
+
+    ``norms`` holds the block norms ``(out/r, in/c)`` by target name. In each layer the
+    strongest blocks that ``max_layer_sparsity`` protects are ranked above all others.
+    """
+    scores = []
+    protected = 0
+    for target in pool.targets:
+        score = block_scores(norms[target.name], target.block_size, cfg.ranking)
+        least = _protected(score.numel(), cfg.max_layer_sparsity)
+        protected += least
+        if len(pool.targets) > 1 and least:
+            score = score.masked_fill(ops.block_mask(score, least), math.inf)
+        scores.append(score.flatten())
+    flat = torch.cat(scores)
+    sizes = [t.block_size for t in pool.targets]
+    keep = _blocks_to_keep(flat, scores, sizes, level * pool.sparsity)
+    kept = ops.block_mask(flat, max(keep, protected))
+    parts = kept.split([score.numel() for score in scores])
+    return {
+        target.name: part.reshape(target.grid).clone()
+        for target, part in zip(pool.targets, parts, strict=True)
+    }
+
+
+def _protected(blocks: int, max_layer_sparsity: float) -> int:
+    # the slack absorbs products such as 0.95 * 20 that fall just below an integer
+    return blocks - math.floor(max_layer_sparsity * blocks + 1e-9)
+
+
+def _blocks_to_keep(
+    flat: torch.Tensor,
+    scores: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    sparsity: float,
+) -> int:
+    if len(set(sizes)) == 1:
+        return flat.numel() - math.floor(sparsity * flat.numel() + 0.5)
+    counts = torch.tensor([score.numel() for score in scores])
+    weights = torch.repeat_interleave(torch.tensor(sizes), counts).to(flat.device)
+    order = torch.sort(flat, descending=True, stable=True).indices
+    kept_weights = weights[order].cumsum(0)
+    wanted = (1.0 - sparsity) * float(kept_weights[-1])
+    return int((kept_weights - wanted).abs().argmin()) + 1

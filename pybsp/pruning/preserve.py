@@ -1,0 +1,147 @@
+"""Keep the zeros of a sparse model while it is fine-tuned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ..blocks import BlockShape, BlockShapeSpec, grid_shape, resolve_block_shape
+from .hooks import StepHooks, inner_optimizer, learning_rates
+from .penalty import block_norms, mask_blocks_
+from .record import recorded_block_shape
+from .targets import linear_modules, unwrap_model
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """One weight, the blocks of it that live, and their shape ((1, 1): elements)."""
+
+    name: str
+    mask: torch.Tensor
+    block_shape: BlockShape
+
+
+class PreservedSparsity:
+    """Handle of ``preserve_sparsity``; ``remove()`` (or leaving ``with``) ends it."""
+
+    def __init__(
+        self, model: nn.Module, kept: list[_Kept], optimizer: Optimizer
+    ) -> None:
+        self._model = model
+        self._kept = kept
+        self._hooks = StepHooks(optimizer, self._before_step, self._after_step)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the layers whose zeros are kept."""
+        return tuple(entry.name for entry in self._kept)
+
+    def remove(self) -> None:
+        """Let the weights move freely again; a second call does nothing."""
+        self._hooks.remove()
+
+    def __enter__(self) -> PreservedSparsity:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        for entry in self._kept:
+            grad = self._model.get_parameter(f"{entry.name}.weight").grad
+            if grad is not None:
+                _mask_(grad, entry)
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        for entry in self._kept:
+            _mask_(self._model.get_parameter(f"{entry.name}.weight").detach(), entry)
+
+
+def preserve_sparsity(
+    model: nn.Module,
+    optimizer: Any,
+    block_shape: BlockShapeSpec | None = None,
+) -> PreservedSparsity:
+    """Keep what is zero now at zero through every step of ``optimizer``.
+
+    Gradients are masked before a step and weights zeroed after it, so momentum and
+    weight decay cannot revive anything. Blocks are those of ``block_shape``, else those
+    recorded by the pruner (on the modules or in ``model.config``); a layer with neither
+    keeps its single zero elements. Layers without zeros are left alone, and so is one
+    that is zero throughout with no recorded block shape: that is an initialisation.
+
+    Raises:
+        ValueError: when no linear layer has zeros to keep, or ``block_shape`` does not
+            divide a layer that has zeros.
+    """
+    inner = inner_optimizer(optimizer)
+    model = unwrap_model(model)
+    held = learning_rates(inner)
+    kept: list[_Kept] = []
+    seen: set[int] = set()
+    for name, module in linear_modules(model).items():
+        if id(module.weight) in seen or id(module.weight) not in held:
+            continue
+        seen.add(id(module.weight))
+        entry = _entry(model, name, module, block_shape)
+        if entry is not None:
+            kept.append(entry)
+    if not kept:
+        raise ValueError(
+            "no linear layer that the optimizer trains has zeros to preserve; load the "
+            "pruned checkpoint first, or check block_shape"
+        )
+    return PreservedSparsity(model, kept, inner)
+
+
+def _entry(
+    model: nn.Module, name: str, module: nn.Linear, given: BlockShapeSpec | None
+) -> _Kept | None:
+    weight = module.weight.detach()
+    zeros = weight.numel() - int(weight.count_nonzero())
+    if zeros == 0:
+        return None
+    shape = _block_shape(model, name, module, given)
+    if shape is None:
+        if zeros == weight.numel():
+            return None
+        return _Kept(name, weight != 0, (1, 1))
+    mask = block_norms(weight, shape) != 0
+    return None if bool(mask.all()) else _Kept(name, mask, shape)
+
+
+def _block_shape(
+    model: nn.Module, name: str, module: nn.Linear, given: BlockShapeSpec | None
+) -> BlockShape | None:
+    if given is not None:
+        try:
+            return resolve_block_shape(given, module.weight.shape)
+        except ValueError as error:
+            raise ValueError(f"module '{name}' has zeros, but {error}") from None
+    recorded = recorded_block_shape(module)
+    if recorded is not None:
+        return recorded
+    record = getattr(getattr(model, "config", None), "quantization_config", None)
+    listed = record.get("modules", {}).get(name) if isinstance(record, dict) else None
+    if listed is None:
+        return None
+    shape = (int(listed[0]), int(listed[1]))
+    grid_shape(module.weight.shape, shape)
+    return shape
+
+
+def _mask_(tensor: torch.Tensor, entry: _Kept) -> None:
+    if entry.block_shape == (1, 1):
+        tensor.mul_(entry.mask)
+    else:
+        mask_blocks_(tensor, entry.mask, entry.block_shape)

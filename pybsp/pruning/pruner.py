@@ -1,0 +1,338 @@
+"""``BlockPruner``: drives one pruning run from hooks on the optimizer."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .. import ops
+from . import penalty as penalties
+from .config import BlockPruningConfig
+from .hooks import StepHooks, gradient_scale, inner_optimizer, learning_rates
+from .masks import check_feasible, pools, select_masks
+from .record import sparsity_record
+from .schedule import Phase, PruningSchedule
+from .state import STATE_FORMAT, check_state
+from .targets import Target, linear_modules, select_targets, unwrap_model
+
+logger = logging.getLogger(__name__)
+
+_attached: weakref.WeakKeyDictionary[Optimizer, BlockPruner] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class BlockPruner:
+    """Prunes ``model`` over ``total_steps`` optimizer steps.
+
+    Warm-up leaves the training alone; the regularise phase adds the penalty of
+    ``cfg``; after its last step the blocks are cut to exactly the target; from then on
+    gradients and weights are masked. All of it happens around ``optimizer.step()``::
+
+        pruner = BlockPruner(model, cfg, total_steps=N).attach(optimizer)
+        ...                       # any training loop of N optimizer steps
+        pruner.finalize()
+
+    Weights are looked up by name at every step, so the model may be wrapped or moved
+    after construction. Every process of a data-parallel run prunes its own copy; equal
+    weights give equal masks. A weight that several linear layers share is pruned once.
+
+    Raises:
+        ValueError: for what ``select_targets`` refuses, a target that the cap or the
+            block size puts out of reach, or a run too short for its phases. Nothing is
+            changed before the checks have passed.
+    """
+
+    def __init__(
+        self, model: nn.Module, cfg: BlockPruningConfig, *, total_steps: int
+    ) -> None:
+        self.model = unwrap_model(model)
+        self.cfg = cfg
+        self.schedule = PruningSchedule.from_config(cfg, total_steps)
+        self.targets: dict[str, Target] = {
+            t.name: t for t in select_targets(self.model, cfg)
+        }
+        self.pools = pools(list(self.targets.values()), cfg)
+        for pool in self.pools:
+            check_feasible(pool, cfg.max_layer_sparsity)
+        self.step = 0
+        self.at_target = False
+        self.factors: dict[str, torch.Tensor] = {}
+        self.masks: dict[str, torch.Tensor] = {}
+        self.strengths: dict[str, float] = {}
+        self._penalty = 0.0
+        self._hooks: StepHooks | None = None
+        self._optimizer: weakref.ref[Optimizer] | None = None
+
+    def attach(self, optimizer: Any) -> BlockPruner:
+        """Hook ``optimizer`` (wrapped or not); attaching twice to the same is one.
+
+        Raises:
+            ValueError: when another pruner is attached to it, this pruner is attached
+                elsewhere, or it does not hold every targeted weight.
+        """
+        inner = inner_optimizer(optimizer)
+        current = _attached.get(inner)
+        if current is self:
+            return self
+        if current is not None:
+            raise ValueError(
+                "another BlockPruner is attached to this optimizer; detach() it first "
+                "(or pass a single BlockPruningCallback)"
+            )
+        if self._hooks is not None:
+            raise ValueError(
+                "this BlockPruner is attached to another optimizer; detach() it first"
+            )
+        held = learning_rates(inner)
+        missing = [n for n, w in self._weights().items() if id(w) not in held]
+        if missing:
+            raise ValueError(
+                f"the optimizer does not hold {len(missing)} of the weights to prune, "
+                f"such as that of '{missing[0]}'; build it from model.parameters() "
+                "after the model has its final form, or exclude these modules"
+            )
+        self._hooks = StepHooks(inner, self._before_step, self._after_step)
+        self._optimizer = weakref.ref(inner)
+        _attached[inner] = self
+        if self.step >= self.schedule.cut_step:
+            self.cut()
+        return self
+
+    def detach(self) -> None:
+        """Remove the hooks; a second call does nothing."""
+        if self._hooks is not None:
+            self._hooks.remove()
+        optimizer = self._optimizer() if self._optimizer is not None else None
+        if optimizer is not None and _attached.get(optimizer) is self:
+            del _attached[optimizer]
+        self._hooks = self._optimizer = None
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of the next step."""
+        return self.schedule.phase(self.step)
+
+    @property
+    def sparsity(self) -> float:
+        """Removed fraction of the targeted weights, as the masks have it."""
+        total = sum(
+            t.weight_shape[0] * t.weight_shape[1] for t in self.targets.values()
+        )
+        removed = sum(
+            (mask.numel() - int(mask.sum())) * self.targets[name].block_size
+            for name, mask in self.masks.items()
+        )
+        return removed / total
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers worth logging, with the keys ``pybsp/...``."""
+        lam = self.cfg.reg_lambda if self.cfg.penalised else 0.0
+        values = {
+            "pybsp/sparsity": self.sparsity,
+            "pybsp/phase": float(self.phase),
+            "pybsp/penalty": self._current_penalty(),
+            "pybsp/masked_steps": float(max(0, self.step - self.schedule.cut_step)),
+        }
+        if self.strengths:
+            lam = sum(self.strengths.values()) / len(self.strengths)
+        if not isinstance(lam, str):
+            regularising = self.phase is Phase.REGULARISE
+            values["pybsp/lambda"] = float(lam) if regularising else 0.0
+        return values
+
+    @torch.no_grad()
+    def cut(self) -> None:
+        """Remove blocks down to the target, now; done already, it does nothing."""
+        if not self.at_target:
+            self._prune_to(1.0)
+            self.at_target = True
+            self.factors.clear()
+            self._penalty = 0.0
+
+    @torch.no_grad()
+    def finalize(self) -> dict[str, Any]:
+        """Check the target, record the block shapes, remove the hooks.
+
+        Sets ``pybsp_block_shape`` on every pruned linear module and, when the model has
+        a ``config`` object, its ``quantization_config``. Returns that record. A second
+        call returns the same.
+
+        Raises:
+            ValueError: when the run ended before the cut, or a block that should be
+                zero is not (the weights were replaced or are NaN).
+        """
+        if not self.at_target:
+            raise ValueError(
+                f"the run stopped after {self.step} optimizer steps, before the cut at "
+                f"step {self.schedule.cut_step}; train on, or call cut() to prune now"
+            )
+        for name, weight in self._weights().items():
+            shape = self.targets[name].block_shape
+            norms = penalties.block_norms(weight, shape)
+            wrong = int(((norms != 0) & ~self.masks[name]).sum())
+            if wrong or not bool(norms.isfinite().all()):
+                raise ValueError(
+                    f"'{name}' has {wrong or 'NaN'} blocks that should be zero: its weight "
+                    "was replaced after the cut; restore a checkpoint of this run"
+                )
+        linears = linear_modules(self.model)
+        for target in self.targets.values():
+            for name in (target.name, *target.shared_with):
+                linears[name].pybsp_block_shape = target.block_shape  # type: ignore[assignment]
+        record = sparsity_record(self.model, self.cfg.block_shape)
+        config = getattr(self.model, "config", None)
+        if config is not None and hasattr(config, "to_dict"):
+            config.quantization_config = record
+        self.detach()
+        return record
+
+    def state_dict(self) -> dict[str, Any]:
+        """Progress, factors and masks; tensors are shared, not copied."""
+        return {
+            "format": STATE_FORMAT,
+            "config": self.cfg.to_dict(),
+            "total_steps": self.schedule.total_steps,
+            "step": self.step,
+            "at_target": self.at_target,
+            "strengths": dict(self.strengths),
+            "factors": dict(self.factors),
+            "masks": dict(self.masks),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state`` was taken; load the model's weights separately.
+
+        Raises:
+            ValueError: when the state is incomplete or of another configuration, run
+                length or model. Nothing is changed then.
+        """
+        check_state(state, self)
+        self.step = int(state["step"])
+        self.at_target = bool(state["at_target"])
+        self.strengths = {k: float(v) for k, v in state["strengths"].items()}
+        weights = self._weights()
+        self.factors = {
+            name: value.to(weights[name].device, torch.float32)
+            for name, value in state["factors"].items()
+        }
+        self.masks = {
+            name: value.to(weights[name].device, torch.bool)
+            for name, value in state["masks"].items()
+        }
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {
+            name: self.model.get_parameter(f"{name}.weight") for name in self.targets
+        }
+
+    def _norms(self) -> dict[str, torch.Tensor]:
+        return {
+            name: penalties.block_norms(weight.detach(), self.targets[name].block_shape)
+            for name, weight in self._weights().items()
+        }
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        regularising = self.phase is Phase.REGULARISE and self.cfg.penalised
+        if regularising:
+            self._refresh_factors()
+        if not self.masks and not (regularising and self.cfg.penalty == "gradient"):
+            return
+        scale = gradient_scale(optimizer)
+        self._penalty = 0.0
+        for name, weight in self._weights().items():
+            grad, target = weight.grad, self.targets[name]
+            if grad is None:
+                continue
+            if regularising and self.cfg.penalty == "gradient":
+                lam = penalties.penalty_lambda(self.cfg, target)
+                value = penalties.add_gradient_(
+                    grad,
+                    weight.detach(),
+                    self.factors[name],
+                    lam * scale,
+                    target.block_shape,
+                )
+                self._penalty += value / scale
+            if name in self.masks:
+                penalties.mask_blocks_(grad, self.masks[name], target.block_shape)
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        moves = self.phase is Phase.REGULARISE and self.cfg.penalised
+        if moves and self.cfg.penalty != "gradient":
+            self._shrink(learning_rates(optimizer))
+        for name, mask in self.masks.items():
+            weight = self.model.get_parameter(f"{name}.weight").detach()
+            penalties.mask_blocks_(weight, mask, self.targets[name].block_shape)
+        self.step += 1
+        if self.step >= self.schedule.cut_step:
+            self.cut()
+        elif self.cfg.ramp == "cubic" and self.step in self.schedule.reweight_steps:
+            self._prune_to(self.schedule.ramp_level(self.step))
+
+    def _refresh_factors(self) -> None:
+        due = self.step in self.schedule.reweight_steps
+        if self.factors and not (due and self.cfg.method == "reweighted_group_lasso"):
+            return
+        norms = self._norms()
+        if self.cfg.reg_lambda == "auto" and not self.strengths:
+            self._size_strengths(norms)
+        self.factors = {
+            name: ops.reweight(value, self.cfg.reweight_eps)
+            for name, value in norms.items()
+        }
+
+    def _size_strengths(self, norms: Mapping[str, torch.Tensor]) -> None:
+        steps = self.schedule.cut_step - self.step
+        for pool in self.pools:
+            for name, kept in select_masks(norms, pool, self.cfg).items():
+                weak = norms[name][~kept]
+                largest = float(weak.max()) if weak.numel() else 0.0
+                self.strengths[name] = penalties.automatic_strength(largest, steps)
+
+    def _shrink(self, rates: Mapping[int, float]) -> None:
+        proximal = self.cfg.penalty == "proximal"
+        apply = penalties.proximal_step_ if proximal else penalties.gradient_step_
+        for name, weight in self._weights().items():
+            target = self.targets[name]
+            if self.cfg.reg_lambda == "auto":
+                step = self.strengths[name]
+            else:
+                step = rates[id(weight)] * penalties.penalty_lambda(self.cfg, target)
+            if weight.requires_grad and step > 0:
+                apply(weight.detach(), self.factors[name], step, target.block_shape)
+
+    def _prune_to(self, level: float) -> None:
+        norms = self._norms()
+        bad = [name for name, value in norms.items() if not value.isfinite().all()]
+        if bad:
+            raise ValueError(
+                f"the weight of '{bad[0]}' became NaN or infinite in training, so its "
+                "blocks cannot be ranked; lower the learning rate or reg_lambda"
+            )
+        for pool in self.pools:
+            self.masks.update(select_masks(norms, pool, self.cfg, level))
+        for name, weight in self._weights().items():
+            shape = self.targets[name].block_shape
+            penalties.mask_blocks_(weight.detach(), self.masks[name], shape)
+
+    def _current_penalty(self) -> float:
+        if not self.factors or self.phase is not Phase.REGULARISE:
+            return 0.0
+        if self.cfg.penalty == "gradient":
+            return self._penalty
+        return sum(
+            penalties.penalty_value(
+                norms,
+                self.factors[name],
+                self.strengths.get(name)
+                or penalties.penalty_lambda(self.cfg, self.targets[name]),
+            )
+            for name, norms in self._norms().items()
+        )

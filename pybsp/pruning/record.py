@@ -1,0 +1,76 @@
+"""The record of a pruned model: which modules have which blocks.
+
+It is what ``config.json`` carries as ``quantization_config``, so that a checkpoint that
+is dense with zero blocks says how to pack itself, and loads anywhere without it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..blocks import BlockShape, BlockShapeSpec, block_view, check_block_shape
+from .targets import linear_modules, unwrap_model
+
+FORMAT_VERSION = 1
+
+
+def recorded_block_shape(module: nn.Module) -> BlockShape | None:
+    """``module.pybsp_block_shape`` when a pruner has set it."""
+    shape = getattr(module, "pybsp_block_shape", None)
+    return None if shape is None else check_block_shape(shape)
+
+
+def count_zero_blocks(weight: torch.Tensor, block_shape: BlockShape) -> int:
+    """Blocks whose weights are all exactly zero."""
+    blocks = block_view(weight.detach(), block_shape)
+    return int((blocks == 0).flatten(2).all(2).sum())
+
+
+def sparsity_record(
+    model: nn.Module, block_shape: BlockShapeSpec | None = None
+) -> dict[str, Any]:
+    """The ``quantization_config`` of a pruned model, dense with zero blocks.
+
+    ``modules`` maps the name of every linear layer with a recorded block shape to
+    ``[r, c]``; ``sparsity`` is the share of their weights that lies in zero blocks.
+    ``block_shape`` is noted as given, for example ``(1, "in/8")``; by default it is the
+    most frequent shape of the modules.
+
+    Raises:
+        ValueError: when no module carries ``pybsp_block_shape``.
+    """
+    modules: dict[str, list[int]] = {}
+    weights = removed = 0
+    seen: set[int] = set()
+    for name, linear in linear_modules(unwrap_model(model)).items():
+        shape = recorded_block_shape(linear)
+        if shape is None:
+            continue
+        modules[name] = list(shape)
+        if id(linear.weight) in seen:
+            continue
+        seen.add(id(linear.weight))
+        weights += linear.weight.numel()
+        removed += count_zero_blocks(linear.weight, shape) * shape[0] * shape[1]
+    if not modules:
+        raise ValueError(
+            "no linear layer carries a block shape; prune the model first or set "
+            "linear.pybsp_block_shape = (r, c) where it has zero blocks"
+        )
+    if block_shape is None:
+        counts = Counter((shape[0], shape[1]) for shape in modules.values())
+        block_shape = counts.most_common(1)[0][0]
+    return {
+        "quant_method": "pybsp",
+        "format": "dense",
+        "format_version": FORMAT_VERSION,
+        "block_shape": list(block_shape),
+        "modules": modules,
+        "sparsity": round(removed / max(weights, 1), 6),
+        "pybsp_version": version("pybsp"),
+    }

@@ -1,0 +1,213 @@
+"""Which linear layers of a model are pruned, and in which blocks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..blocks import BlockShape, grid_shape, resolve_block_shape
+from .config import BlockPruningConfig
+
+#: Left out unless ``exclude_modules`` says otherwise: a name with one of these parts.
+DEFAULT_EXCLUDED = (
+    "embeddings",
+    "embed_out",
+    "classifier",
+    "pre_classifier",
+    "pooler",
+    "lm_head",
+    "qa_outputs",
+    "score",
+    "cls",
+    "vocab_projector",
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight to prune.
+
+    ``name`` is the module's name in the unwrapped model; ``shared_with`` are further
+    linear modules that hold the same weight.
+    """
+
+    name: str
+    weight_shape: tuple[int, int]
+    block_shape: BlockShape
+    own_sparsity: float | None = None
+    shared_with: tuple[str, ...] = ()
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Blocks down and across."""
+        return grid_shape(self.weight_shape, self.block_shape)
+
+    @property
+    def block_size(self) -> int:
+        """Weights in a block."""
+        return self.block_shape[0] * self.block_shape[1]
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel and ``torch.compile``."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        compiled = getattr(model, "_orig_mod", None)
+        if isinstance(compiled, nn.Module):
+            model = compiled
+        elif isinstance(model, wrappers):
+            model = model.module
+        else:
+            return model
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every ``nn.Linear`` by name, those sharing a weight included."""
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Linear)
+    }
+
+
+def select_targets(model: nn.Module, cfg: BlockPruningConfig) -> list[Target]:
+    """The weights that ``cfg`` prunes in ``model``, in the model's order.
+
+    Raises:
+        ValueError: when nothing matches, a block shape does not divide a weight, an
+            override matches nothing, a named weight is tied to something that is not a
+            linear layer, or a weight is sharded, not float32, or not finite.
+    """
+    linears = linear_modules(model)
+    tied = _weights_outside_linears(model)
+    matched: dict[str, nn.Linear] = {}
+    shared: dict[int, list[str]] = {}
+    for name, module in linears.items():
+        if not _is_selected(name, cfg):
+            continue
+        if id(module.weight) in tied:
+            if cfg.target_modules == "all-linear":
+                continue
+            raise ValueError(
+                f"the weight of '{name}' is tied to {tied[id(module.weight)]!r}, which "
+                "is not a linear layer; exclude the module or untie the weights"
+            )
+        _check_prunable(name, module.weight)
+        shared.setdefault(id(module.weight), []).append(name)
+        if module.weight.requires_grad and len(shared[id(module.weight)]) == 1:
+            matched[name] = module
+    if not matched:
+        raise ValueError(_nothing_matched(linears, cfg))
+    _check_overrides_match(matched, cfg)
+    return [
+        _target(name, module, cfg, tuple(shared[id(module.weight)][1:]))
+        for name, module in matched.items()
+    ]
+
+
+def _is_selected(name: str, cfg: BlockPruningConfig) -> bool:
+    wanted = cfg.target_modules
+    if isinstance(wanted, str):
+        if wanted != "all-linear" and not re.fullmatch(wanted, name):
+            return False
+    elif not any(name == end or name.endswith("." + end) for end in wanted):
+        return False
+    excluded = DEFAULT_EXCLUDED if cfg.exclude_modules is None else cfg.exclude_modules
+    if isinstance(excluded, str):
+        return not re.fullmatch(excluded, name)
+    return not any(f".{part}." in f".{name}." for part in excluded)
+
+
+def _weights_outside_linears(model: nn.Module) -> dict[int, str]:
+    return {
+        id(parameter): f"{name}.{key}".lstrip(".")
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Linear)
+        for key, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def _check_prunable(name: str, weight: torch.Tensor) -> None:
+    sharded = type(weight).__name__ in ("DTensor", "FlatParameter")
+    sharded = sharded or getattr(weight, "_is_flat_param", False)
+    if sharded or hasattr(weight, "ds_id") or weight.dim() != 2:
+        raise ValueError(
+            f"the weight of '{name}' is sharded or flattened (shape "
+            f"{tuple(weight.shape)}), so its blocks cannot be seen; train with one "
+            "process or with DistributedDataParallel instead of FSDP or DeepSpeed ZeRO"
+        )
+    if weight.dtype != torch.float32:
+        raise ValueError(
+            f"the weight of '{name}' is {weight.dtype}; pruning keeps float32 weights: "
+            "load the model with dtype=torch.float32 (mixed precision may stay on)"
+        )
+    if weight.is_meta:
+        raise ValueError(f"the weight of '{name}' is on the meta device; load it first")
+    if not torch.isfinite(weight.detach()).all():
+        raise ValueError(
+            f"the weight of '{name}' has NaN or infinite values; blocks cannot be "
+            "ranked: start from a sound checkpoint"
+        )
+
+
+def _override(name: str, cfg: BlockPruningConfig) -> Mapping[str, Any]:
+    merged: dict[str, Any] = {}
+    for pattern, settings in cfg.overrides.items():
+        if fnmatchcase(name, pattern):
+            merged.update(settings)
+    return merged
+
+
+def _target(
+    name: str, module: nn.Linear, cfg: BlockPruningConfig, shared: tuple[str, ...]
+) -> Target:
+    settings = _override(name, cfg)
+    shape = (module.weight.shape[0], module.weight.shape[1])
+    try:
+        block_shape = resolve_block_shape(
+            settings.get("block_shape", cfg.block_shape), shape
+        )
+    except ValueError as error:
+        raise ValueError(f"module '{name}': {error}") from None
+    own_sparsity = settings.get("target_sparsity")
+    return Target(name, shape, block_shape, own_sparsity, shared)
+
+
+def _check_overrides_match(
+    matched: Mapping[str, nn.Linear], cfg: BlockPruningConfig
+) -> None:
+    for pattern in cfg.overrides:
+        if not any(fnmatchcase(name, pattern) for name in matched):
+            raise ValueError(
+                f"overrides[{pattern!r}] matches none of the {len(matched)} targeted "
+                f"modules, such as {next(iter(matched))!r}"
+            )
+
+
+def _nothing_matched(linears: Mapping[str, nn.Linear], cfg: BlockPruningConfig) -> str:
+    if not linears:
+        return "the model has no nn.Linear, so there is nothing to prune"
+    names = list(linears)
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    selected = [name for name in names if _is_selected(name, cfg)]
+    if selected and not any(linears[name].weight.requires_grad for name in selected):
+        return (
+            f"every matched module has a frozen weight ({', '.join(selected[:6])}); "
+            "set requires_grad_(True) on what is to be pruned"
+        )
+    hint = (
+        "; by default task heads and embeddings are left out, exclude_modules=() "
+        "takes them in"
+        if cfg.exclude_modules is None
+        else f"; exclude_modules={cfg.exclude_modules!r}"
+    )
+    return (
+        f"target_modules={cfg.target_modules!r} matches no prunable linear layer{hint}. "
+        f"The model's linear layers: {shown}"
+    )
