@@ -79,7 +79,7 @@ class BlockPruningCallback(TrainerCallback):
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
+        control: TrainerControl,  # noqa: ARG002
         **kwargs: Any,
     ) -> None:
         """Build the pruner for this run and hook the optimizer."""

@@ -68,8 +68,9 @@ def check_feasible(pool: Pool, max_layer_sparsity: float) -> None:
             where += f" and {len(pool.targets) - 1} more layers"
         raise ValueError(
             f"a sparsity of {pool.sparsity:g} cannot be reached in {where}: with "
-            f"blocks of {max(sizes)} weights and max_layer_sparsity = {max_layer_sparsity:g} "
-            f"at most {removable / total:.3g} can go; use smaller blocks or raise it"
+            f"blocks of {max(sizes)} weights and max_layer_sparsity = "
+            f"{max_layer_sparsity:g} at most {removable / total:.3g} can go; use "
+            "smaller blocks or raise it"
         )
 
 
@@ -97,7 +98,7 @@ def select_masks(
     sizes = [t.block_size for t in pool.targets]
     keep = _blocks_to_keep(flat, scores, sizes, level * pool.sparsity)
     kept = ops.block_mask(flat, max(keep, protected))
-    parts = kept.split([score.numel() for score in scores])
+    parts = torch.split(kept, [score.numel() for score in scores])
     return {
         target.name: part.reshape(target.grid).clone()
         for target, part in zip(pool.targets, parts, strict=True)

@@ -8,8 +8,8 @@ For a weight ``W`` in blocks ``W_b`` with factors ``R_b`` (Li et al. 2020)::
     decoupled    W_b -= lr lambda R_b W_b / ||W_b||           after it
     proximal     W_b *= max(0, 1 - lr lambda R_b / ||W_b||)   after it
 
-The first is the gradient of a loss term. Under Adam it is rescaled like any gradient, so
-it drives weights by up to ``lr`` a step wherever it outweighs the loss. The other two
+The first is the gradient of a loss term. Under Adam it is rescaled like any gradient,
+so it drives weights by up to ``lr`` a step wherever it outweighs the loss. The others
 move a block by ``lr * lambda * R_b`` whatever the optimizer, as AdamW does with weight
 decay; only the proximal step (the exact minimiser of the penalty plus half the squared
 distance) arrives at exact zeros and cannot overshoot.
@@ -43,9 +43,9 @@ def penalty_lambda(cfg: BlockPruningConfig, target: Target) -> float:
 def automatic_strength(norm: float, steps: int) -> float:
     """The shrinkage per step that empties a block of this norm in ``steps`` steps.
 
-    While its factor follows its norm ``n``, a block shrinks by ``s / (n + eps)`` a step,
-    so ``n^2 / 2`` falls by ``s``: blocks below ``norm`` are gone after ``steps`` steps
-    when ``s = norm^2 / (2 steps)``, unless the loss holds them. It stands in for
+    While its factor follows its norm ``n``, a block shrinks by ``s / (n + eps)`` a
+    step, so ``n^2 / 2`` falls by ``s``: blocks below ``norm`` are gone after ``steps``
+    steps when ``s = norm^2 / (2 steps)``, unless the loss holds them. It stands in for
     ``lr * lambda``; the learning rate does not enter.
     """
     return norm * norm / (2.0 * max(steps, 1))

@@ -56,13 +56,13 @@ class PreservedSparsity:
     ) -> None:
         self.remove()
 
-    def _before_step(self, optimizer: Optimizer) -> None:
+    def _before_step(self, _: Optimizer) -> None:
         for entry in self._kept:
             grad = self._model.get_parameter(f"{entry.name}.weight").grad
             if grad is not None:
                 _mask_(grad, entry)
 
-    def _after_step(self, optimizer: Optimizer) -> None:
+    def _after_step(self, _: Optimizer) -> None:
         for entry in self._kept:
             _mask_(self._model.get_parameter(f"{entry.name}.weight").detach(), entry)
 

@@ -179,8 +179,8 @@ class BlockPruner:
             wrong = int(((norms != 0) & ~self.masks[name]).sum())
             if wrong or not bool(norms.isfinite().all()):
                 raise ValueError(
-                    f"'{name}' has {wrong or 'NaN'} blocks that should be zero: its weight "
-                    "was replaced after the cut; restore a checkpoint of this run"
+                    f"'{name}' has {wrong or 'NaN'} blocks that should be zero: its "
+                    "weight was replaced after the cut; restore a checkpoint of the run"
                 )
         linears = linear_modules(self.model)
         for target in self.targets.values():

@@ -85,20 +85,18 @@ def _boundaries(cfg: BlockPruningConfig, total_steps: int) -> tuple[int, int]:
         or total_steps < 1
     ):
         raise ValueError(
-            f"total_steps must be the number of optimizer steps of the run; got {total_steps!r}"
+            "total_steps must be the number of optimizer steps of the run; got "
+            f"{total_steps!r}"
         )
-    warmup, regularise, retrain = cfg.phases
-    if (
-        isinstance(warmup, int)
-        and isinstance(regularise, int)
-        and isinstance(retrain, int)
-    ):
-        if warmup + regularise + retrain > total_steps:
+    warmup, regularise, _ = cfg.phases
+    steps = [phase for phase in cfg.phases if isinstance(phase, int)]
+    if len(steps) == 3:
+        if sum(steps) > total_steps:
             raise ValueError(
-                f"phases {cfg.phases!r} need {warmup + regularise + retrain} steps, the "
-                f"run has {total_steps}; shorten a phase or give fractions"
+                f"phases {cfg.phases!r} need {sum(steps)} steps, the run has "
+                f"{total_steps}; shorten a phase or give fractions"
             )
-        return warmup, warmup + regularise
+        return steps[0], steps[0] + steps[1]
     used = [share > 0 for share in cfg.phases]
     if sum(used) > total_steps:
         raise ValueError(

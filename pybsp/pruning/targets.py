@@ -208,6 +208,6 @@ def _nothing_matched(linears: Mapping[str, nn.Linear], cfg: BlockPruningConfig) 
         else f"; exclude_modules={cfg.exclude_modules!r}"
     )
     return (
-        f"target_modules={cfg.target_modules!r} matches no prunable linear layer{hint}. "
-        f"The model's linear layers: {shown}"
+        f"target_modules={cfg.target_modules!r} matches no prunable linear layer{hint}"
+        f". The model's linear layers: {shown}"
     )
