@@ -118,7 +118,11 @@ def block_view(weight: torch.Tensor, block_shape: BlockShape) -> torch.Tensor:
     """View of ``weight`` as ``(out/r, in/c, r, c)``; no copy."""
     grid_rows, grid_cols = grid_shape(weight.shape, block_shape)
     rows, cols = block_shape
-    return weight.unflatten(0, (grid_rows, rows)).unflatten(2, (grid_cols, cols)).transpose(1, 2)
+    return (
+        weight.unflatten(0, (grid_rows, rows))
+        .unflatten(2, (grid_cols, cols))
+        .transpose(1, 2)
+    )
 
 
 def expand_blocks(per_block: torch.Tensor, block_shape: BlockShape) -> torch.Tensor:

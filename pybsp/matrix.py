@@ -34,7 +34,7 @@ class BlockSparseMatrix:
     Raises ``ValueError`` or ``TypeError`` when the fields contradict each other.
     """
 
-    __slots__ = ("_runner", "_schedule", "col_indices", "crow_indices", "shape", "values")
+    __slots__ = ("col_indices", "crow_indices", "pattern", "shape", "values")
 
     def __init__(
         self,
@@ -47,11 +47,10 @@ class BlockSparseMatrix:
         self.crow_indices = crow_indices.to(torch.int32).contiguous()
         self.col_indices = col_indices.to(torch.int32).contiguous()
         self.values = ops.column_major_blocks(values)
-        ops.check_block_sparse(
+        #: The native call bound to the indices, which must not be written to.
+        self.pattern = ops.bind_pattern(
             self.crow_indices, self.col_indices, self.values, self.shape
         )
-        self._schedule: torch.Tensor | None = None
-        self._runner: ops.Runner | None = None
 
     @classmethod
     def from_dense(
@@ -82,7 +81,9 @@ class BlockSparseMatrix:
         crow_indices[1:] = mask.sum(1).cumsum(0)
         row_indices, col_indices = mask.nonzero(as_tuple=True)
         values = blocks.transpose(2, 3)[row_indices, col_indices].transpose(1, 2)
-        return cls(crow_indices, col_indices, values, (weight.shape[0], weight.shape[1]))
+        return cls(
+            crow_indices, col_indices, values, (weight.shape[0], weight.shape[1])
+        )
 
     @classmethod
     def from_bsr(cls, tensor: torch.Tensor) -> BlockSparseMatrix:
@@ -134,28 +135,6 @@ class BlockSparseMatrix:
         """Bytes of values and indices, without the schedule derived from them."""
         fields = (self.crow_indices, self.col_indices, self.values)
         return sum(field.numel() * field.element_size() for field in fields)
-
-    @property
-    def schedule(self) -> torch.Tensor:
-        """How the kernel walks the blocks (int32, see ``ops.token_lane_schedule``)."""
-        if self._schedule is None:
-            self._schedule = ops.token_lane_schedule(
-                self.crow_indices, self.col_indices, self.shape, self.block_shape
-            )
-        return self._schedule
-
-    @property
-    def runner(self) -> ops.Runner:
-        """The native call bound to these fields, for eager inference."""
-        if self._runner is None:
-            self._runner = ops.Runner(
-                self.crow_indices,
-                self.col_indices,
-                self.schedule,
-                self.shape,
-                self.block_shape,
-            )
-        return self._runner
 
     def __repr__(self) -> str:
         return (

@@ -54,8 +54,13 @@ def group_lasso_prox_(
     """``W_b *= max(0, 1 - threshold_b / ||W_b||)``: exact zeros where ``||W_b|| <= threshold_b``."""
     norms = block_norms(weight, block_shape)
     scale = torch.where(norms > thresholds, 1.0 - thresholds / norms, 0.0)
-    weight.copy_(torch.where(expand_blocks(norms > thresholds, block_shape),
-                             weight * expand_blocks(scale, block_shape), 0.0))
+    weight.copy_(
+        torch.where(
+            expand_blocks(norms > thresholds, block_shape),
+            weight * expand_blocks(scale, block_shape),
+            0.0,
+        )
+    )
     return weight
 
 
@@ -74,6 +79,16 @@ def apply_block_mask_(
     return weight.masked_fill_(~expand_blocks(mask, block_shape), 0.0)
 
 
+def block_row_indices(
+    crow_indices: torch.Tensor, col_indices: torch.Tensor
+) -> torch.Tensor:
+    """The block row of every block, ``(nnz,)``."""
+    block_rows = torch.arange(crow_indices.shape[0] - 1, device=crow_indices.device)
+    return torch.repeat_interleave(
+        block_rows, crow_indices.diff().long(), output_size=col_indices.shape[0]
+    )
+
+
 def block_sparse_to_dense(
     crow_indices: torch.Tensor,
     col_indices: torch.Tensor,
@@ -82,13 +97,21 @@ def block_sparse_to_dense(
 ) -> torch.Tensor:
     """The dense ``(out, in)`` matrix of BSR fields, ``values`` of shape ``(nnz, r, c)``."""
     rows, cols = values.shape[1:]
-    grid_rows, grid_cols = shape[0] // rows, shape[1] // cols
-    row_indices = torch.repeat_interleave(
-        torch.arange(grid_rows, device=values.device), crow_indices.diff().long()
-    )
-    blocks = values.new_zeros(grid_rows, grid_cols, rows, cols)
+    row_indices = block_row_indices(crow_indices, col_indices)
+    blocks = values.new_zeros(shape[0] // rows, shape[1] // cols, rows, cols)
     blocks = blocks.index_put((row_indices, col_indices.long()), values)
     return blocks.transpose(1, 2).reshape(shape)
+
+
+def gather_blocks(
+    dense: torch.Tensor,
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    block_shape: BlockShape,
+) -> torch.Tensor:
+    """The blocks of a dense matrix that a pattern keeps, ``(nnz, r, c)``."""
+    row_indices = block_row_indices(crow_indices, col_indices)
+    return block_view(dense, block_shape)[row_indices, col_indices.long()]
 
 
 def block_sparse_linear(

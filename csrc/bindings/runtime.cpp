@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <pybind11/stl.h>
+
+#include "bindings/module.h"
+#include "runtime/isa.h"
+#include "runtime/threads.h"
+
+namespace py = pybind11;
+
+namespace pybsp {
+
+void register_runtime(py::module_& module) {
+  module.def("active_isa", [] { return std::string(isa_name(active_isa())); });
+  module.def("set_active_isa", &set_active_isa, py::arg("name"));
+  module.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (Isa isa : available_isas()) names.emplace_back(isa_name(isa));
+    return names;
+  });
+  module.def("build_info", [] {
+    py::dict info;
+    info["version"] = PYBSP_VERSION;
+    info["compiler"] = __VERSION__;
+    info["openmp"] = openmp_version();
+    return info;
+  });
+}
+
+}  // namespace pybsp

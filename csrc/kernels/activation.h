@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// Activation functions on vectors, accurate to a few units in the last place of
+// max(|activation|, smallest normal float); tests compare against float64.
+#pragma once
+
+#include "kernels/block_sparse_gemm.h"
+#include "simd/simd.h"
+
+namespace pybsp::PYBSP_ISA {
+namespace {
+
+// e^a; a is clamped to [-87.3, 88.3], where the result is a normal float. Cody-Waite
+// reduction a = n ln 2 + r, |r| <= ln 2 / 2, and a degree-6 polynomial fitted to
+// e^r with relative error 3e-9.
+inline Vec exp(Vec a) {
+  a = min(max(a, set1(-87.3f)), set1(88.3f));
+  Vec n = round(mul(a, set1(1.44269504f)));
+  Vec r = fma(n, set1(-0.693359375f), a);
+  r = fma(n, set1(2.12194440e-4f), r);
+  Vec p = set1(0.001381393987685442f);
+  p = fma(p, r, set1(0.008368910290300846f));
+  p = fma(p, r, set1(0.04166841134428978f));
+  p = fma(p, r, set1(0.1666651964187622f));
+  p = fma(p, r, set1(0.4999999403953552f));
+  Vec e = fma(mul(r, r), p, add(r, set1(1.0f)));
+  return mul(e, pow2(n));
+}
+
+inline Vec sigmoid(Vec a) {
+  return div(set1(1.0f), add(set1(1.0f), exp(sub(zero(), a))));
+}
+
+// x Phi(x) with the normal tail 1 - Phi(z) = e^{-z^2/2} t Q(t), t = 1 / (1 + 0.21 z),
+// z = |x|; Q of degree 8 fitted on z in [0, 14] with relative error 2e-8. The tail is
+// formed by multiplication alone, so negative x lose no digits to 1 + erf(x).
+inline Vec gelu(Vec x) {
+  Vec z = max(x, sub(zero(), x));
+  Vec t = div(set1(1.0f), fma(z, set1(0.21f), set1(1.0f)));
+  const float coefficients[] = {0.2836235761642456f,  -0.33032768964767456f,
+                                0.34948867559432983f, -0.09398797154426575f,
+                                0.12490062415599823f, 0.06918466091156006f,
+                                0.08506997674703598f, 0.08371150493621826f};
+  Vec q = set1(-0.07166333496570587f);
+  for (float c : coefficients) q = fma(q, t, set1(c));
+  Vec tail = mul(mul(q, t), exp(mul(mul(z, z), set1(-0.5f))));
+  Vec probability = select_gt(x, zero(), sub(set1(1.0f), tail), tail);
+  return mul(x, probability);
+}
+
+// x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), equal to 0.5 x (1 + tanh(...)).
+inline Vec gelu_tanh(Vec x) {
+  Vec cubic = fma(mul(x, x), set1(0.07135481282f), set1(1.595769122f));
+  return mul(x, sigmoid(mul(x, cubic)));
+}
+
+inline Vec silu(Vec x) { return mul(x, sigmoid(x)); }
+
+template <Activation kActivation>
+inline Vec activate(Vec x) {
+  if constexpr (kActivation == Activation::relu) return max(zero(), x);
+  if constexpr (kActivation == Activation::gelu) return gelu(x);
+  if constexpr (kActivation == Activation::gelu_tanh) return gelu_tanh(x);
+  if constexpr (kActivation == Activation::silu) return silu(x);
+  return x;
+}
+
+}  // namespace
+}  // namespace pybsp::PYBSP_ISA

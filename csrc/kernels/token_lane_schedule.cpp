@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "kernels/token_lane_schedule.h"
+
+#include <algorithm>
+
+namespace pybsp {
+namespace {
+
+constexpr int32_t kTileRows = 8;
+
+struct PartLimits {
+  int64_t values;
+  int64_t rows;
+};
+
+std::vector<int32_t> split_rows(const BlockSparseView& view, PartLimits limits) {
+  const int64_t grid_rows = view.out_features / view.block_rows;
+  const int64_t block_size = view.block_rows * view.block_cols;
+  // At least 16 parts where the matrix allows it, so that a few threads balance.
+  const int64_t total = view.crow_indices[grid_rows] * block_size;
+  const int64_t values = std::clamp<int64_t>(total / 16, 2048, limits.values);
+  std::vector<int32_t> boundaries{0};
+  for (int64_t row = 1; row <= grid_rows; ++row) {
+    const int64_t first = boundaries.back();
+    const int64_t held =
+        (view.crow_indices[row] - view.crow_indices[first]) * block_size;
+    const bool full = held >= values || (row - first) * view.block_rows >= limits.rows;
+    if (full || row == grid_rows) boundaries.push_back(static_cast<int32_t>(row));
+  }
+  return boundaries;
+}
+
+// Groups the blocks of block rows [first, last) by block column, kTileRows to a tile.
+void append_column_tiles(const BlockSparseView& view, int32_t first, int32_t last,
+                         Schedule& schedule) {
+  const size_t grid_cols = static_cast<size_t>(view.in_features / view.block_cols);
+  std::vector<int32_t> next(grid_cols + 1, 0);
+  for (int32_t b = view.crow_indices[first]; b < view.crow_indices[last]; ++b) {
+    ++next[static_cast<size_t>(view.col_indices[b]) + 1];
+  }
+  const int32_t begin = static_cast<int32_t>(schedule.blocks.size());
+  for (size_t col = 0; col < grid_cols; ++col) {
+    const int32_t count = next[col + 1];
+    next[col + 1] = next[col] + count;
+    for (int32_t i = kTileRows; i < count + kTileRows; i += kTileRows) {
+      schedule.tile_ptr.push_back(begin + next[col] + std::min(i, count));
+    }
+  }
+  schedule.blocks.resize(static_cast<size_t>(begin + next[grid_cols]));
+  schedule.rows.resize(schedule.blocks.size());
+  for (int32_t row = first; row < last; ++row) {
+    for (int32_t b = view.crow_indices[row]; b < view.crow_indices[row + 1]; ++b) {
+      const size_t col = static_cast<size_t>(view.col_indices[b]);
+      const size_t slot = static_cast<size_t>(begin + next[col]++);
+      schedule.blocks[slot] = b;
+      schedule.rows[slot] = row;
+    }
+  }
+}
+
+}  // namespace
+
+Schedule token_lane_schedule(const BlockSparseView& view) {
+  Schedule schedule;
+  schedule.by_column = view.block_rows == 1 && view.block_cols >= kMinColumnRun;
+  schedule.part_rows = split_rows(
+      view, schedule.by_column ? PartLimits{65536, 512} : PartLimits{16384, 256});
+  if (schedule.by_column) {
+    schedule.part_tiles.push_back(0);
+    schedule.tile_ptr.push_back(0);
+    for (int64_t part = 0; part < schedule.num_parts(); ++part) {
+      append_column_tiles(view, schedule.part_rows[static_cast<size_t>(part)],
+                          schedule.part_rows[static_cast<size_t>(part) + 1], schedule);
+      schedule.part_tiles.push_back(static_cast<int32_t>(schedule.tile_ptr.size()) - 1);
+    }
+  }
+  return schedule;
+}
+
+}  // namespace pybsp

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "kernels/variants_isa.h"
+
+#include "simd/simd.h"
+
+namespace pybsp::PYBSP_ISA {
+
+const Variants& variants() {
+  static constexpr Variants table = {
+      kLanes,        3,
+      block_squares, add_scaled_blocks,
+      scale_blocks,  pack_tokens,
+      multiply_rows, multiply_columns,
+      unpack_tokens, multiply_few_tokens,
+  };
+  return table;
+}
+
+}  // namespace pybsp::PYBSP_ISA

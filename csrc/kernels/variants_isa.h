@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels of the instruction set that is being compiled; variants.h says what each
+// does.
+#pragma once
+
+#include "kernels/variants.h"
+
+namespace pybsp::PYBSP_ISA {
+
+void block_squares(const float* weight, BlockRow shape, float* squares);
+void add_scaled_blocks(float* grad, int64_t grad_stride, const float* weight,
+                       BlockRow shape, const float* scale);
+void scale_blocks(float* weight, BlockRow shape, const float* scale);
+void pack_tokens(const float* x, int64_t in_features, int64_t tokens, int64_t first,
+                 int64_t last, int vectors, float* tile);
+void multiply_rows(const BlockSparseView& weight, int64_t first, int64_t last,
+                   const float* x_tile, int vectors, const float* bias, float* y_tile);
+void multiply_columns(const BlockSparseView& weight, ColumnTiles tiles,
+                      const float* x_tile, int vectors, const float* bias,
+                      float* y_tile);
+void unpack_tokens(const float* y_tile, int64_t rows, int64_t tokens, int vectors,
+                   Activation activation, float* y, int64_t out_features);
+void multiply_few_tokens(const BlockSparseView& weight, int64_t first, int64_t last,
+                         const float* x, int64_t tokens, const float* bias,
+                         Activation activation, float* y);
+
+}  // namespace pybsp::PYBSP_ISA

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "runtime/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace pybsp {
+namespace {
+
+constexpr Isa kAllIsas[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::neon};
+
+bool cpu_supports(Isa isa) {
+  switch (isa) {
+    case Isa::generic:
+      return true;
+#ifdef PYBSP_HAVE_AVX2
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+#ifdef PYBSP_HAVE_AVX512
+    case Isa::avx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("fma");
+#endif
+#ifdef PYBSP_HAVE_NEON
+    case Isa::neon:
+      return true;
+#endif
+    default:
+      return false;
+  }
+}
+
+std::string join_names(const std::vector<Isa>& isas) {
+  std::string names;
+  for (Isa isa : isas) {
+    names += (names.empty() ? "" : ", ") + std::string(isa_name(isa));
+  }
+  return names;
+}
+
+Isa isa_from_name(const std::string& name) {
+  for (Isa isa : kAllIsas) {
+    if (name != isa_name(isa)) continue;
+    for (Isa available : available_isas()) {
+      if (available == isa) return isa;
+    }
+    throw std::invalid_argument(
+        "PYBSP_ISA=" + name +
+        " cannot run on this CPU; available: " + join_names(available_isas()));
+  }
+  throw std::invalid_argument("PYBSP_ISA=" + name + " is not an ISA; available: " +
+                              join_names(available_isas()));
+}
+
+Isa initial_isa() {
+  const char* forced = std::getenv("PYBSP_ISA");
+  if (forced != nullptr && *forced != '\0') return isa_from_name(forced);
+  return available_isas().back();
+}
+
+std::atomic<Isa>& selected_isa() {
+  static std::atomic<Isa> isa{initial_isa()};
+  return isa;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::generic:
+      return "generic";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::avx512:
+      return "avx512";
+    case Isa::neon:
+      return "neon";
+  }
+  return "unknown";
+}
+
+const std::vector<Isa>& available_isas() {
+  static const std::vector<Isa> isas = [] {
+    std::vector<Isa> found;
+    for (Isa isa : kAllIsas) {
+      if (cpu_supports(isa)) found.push_back(isa);
+    }
+    return found;
+  }();
+  return isas;
+}
+
+Isa active_isa() { return selected_isa().load(std::memory_order_relaxed); }
+
+void set_active_isa(const std::string& name) { selected_isa() = isa_from_name(name); }
+
+}  // namespace pybsp

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX2 + FMA: 16 registers of 8 floats.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace pybsp::avx2 {
+namespace {
+
+using Vec = __m256;
+constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
+
+inline Vec zero() { return _mm256_setzero_ps(); }
+inline Vec set1(float a) { return _mm256_set1_ps(a); }
+inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
+inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+// b where either operand is NaN, as the instruction does.
+inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec round(Vec a) {
+  return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+// a > b ? x : y
+inline Vec select_gt(Vec a, Vec b, Vec x, Vec y) {
+  return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
+}
+// 2^a for integral a in [-126, 127].
+inline Vec pow2(Vec a) {
+  __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_set1_epi32(127));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+}
+inline float reduce_add(Vec a) {
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+inline void transpose(Vec (&a)[kLanes]) {
+  Vec t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  Vec u[8];
+  for (int i = 0; i < 8; i += 4) {
+    u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
+    u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+  }
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+    a[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+  }
+}
+
+// Eight floats: the weights of eight consecutive outputs for one input.
+using Vec8 = __m256;
+inline Vec8 zero8() { return _mm256_setzero_ps(); }
+inline Vec8 load8(const float* p) { return _mm256_loadu_ps(p); }
+inline void store8(float* p, Vec8 a) { _mm256_storeu_ps(p, a); }
+inline Vec8 add8(Vec8 a, Vec8 b) { return _mm256_add_ps(a, b); }
+inline Vec8 fma8(Vec8 a, float b, Vec8 c) {
+  return _mm256_fmadd_ps(a, _mm256_set1_ps(b), c);
+}
+
+}  // namespace
+}  // namespace pybsp::avx2

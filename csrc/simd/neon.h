@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// AArch64 NEON: 32 registers of 4 floats.
+#pragma once
+
+#include <arm_neon.h>
+
+#include <cstdint>
+
+namespace pybsp::neon {
+namespace {
+
+using Vec = float32x4_t;
+constexpr int kLanes = 4;
+constexpr int kRegisters = 32;
+
+inline Vec zero() { return vdupq_n_f32(0.0f); }
+inline Vec set1(float a) { return vdupq_n_f32(a); }
+inline Vec load(const float* p) { return vld1q_f32(p); }
+inline void store(float* p, Vec a) { vst1q_f32(p, a); }
+inline Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
+inline Vec sub(Vec a, Vec b) { return vsubq_f32(a, b); }
+inline Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
+inline Vec div(Vec a, Vec b) { return vdivq_f32(a, b); }
+// a > b ? x : y
+inline Vec select_gt(Vec a, Vec b, Vec x, Vec y) {
+  return vbslq_f32(vcgtq_f32(a, b), x, y);
+}
+// b where either operand is NaN, as on the other instruction sets.
+inline Vec min(Vec a, Vec b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+inline Vec max(Vec a, Vec b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
+inline Vec round(Vec a) { return vrndnq_f32(a); }
+// 2^a for integral a in [-126, 127].
+inline Vec pow2(Vec a) {
+  int32x4_t exponent = vaddq_s32(vcvtnq_s32_f32(a), vdupq_n_s32(127));
+  return vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23));
+}
+inline float reduce_add(Vec a) { return vaddvq_f32(a); }
+inline void transpose(Vec (&a)[kLanes]) {
+  float32x4_t ab_lo = vtrn1q_f32(a[0], a[1]), ab_hi = vtrn2q_f32(a[0], a[1]);
+  float32x4_t cd_lo = vtrn1q_f32(a[2], a[3]), cd_hi = vtrn2q_f32(a[2], a[3]);
+  auto pair = [](float32x4_t x) { return vreinterpretq_f64_f32(x); };
+  auto back = [](float64x2_t x) { return vreinterpretq_f32_f64(x); };
+  a[0] = back(vtrn1q_f64(pair(ab_lo), pair(cd_lo)));
+  a[1] = back(vtrn1q_f64(pair(ab_hi), pair(cd_hi)));
+  a[2] = back(vtrn2q_f64(pair(ab_lo), pair(cd_lo)));
+  a[3] = back(vtrn2q_f64(pair(ab_hi), pair(cd_hi)));
+}
+
+// Eight floats: the weights of eight consecutive outputs for one input.
+struct Vec8 {
+  float32x4_t low, high;
+};
+inline Vec8 zero8() { return {zero(), zero()}; }
+inline Vec8 load8(const float* p) { return {load(p), load(p + 4)}; }
+inline void store8(float* p, Vec8 a) {
+  store(p, a.low);
+  store(p + 4, a.high);
+}
+inline Vec8 add8(Vec8 a, Vec8 b) { return {add(a.low, b.low), add(a.high, b.high)}; }
+inline Vec8 fma8(Vec8 a, float b, Vec8 c) {
+  return {vfmaq_n_f32(c.low, a.low, b), vfmaq_n_f32(c.high, a.high, b)};
+}
+
+}  // namespace
+}  // namespace pybsp::neon

@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vector type of the instruction set that this file is compiled for. The build
+// defines PYBSP_ISA as its name and one PYBSP_ISA_<name>. Everything has internal
+// linkage and no standard template is used: a weak AVX-512 copy of a shared inline
+// function could be linked into code that runs on every CPU.
+#pragma once
+
+#if defined(PYBSP_ISA_generic)
+#include "simd/generic.h"
+#elif defined(PYBSP_ISA_avx2)
+#include "simd/avx2.h"
+#elif defined(PYBSP_ISA_avx512)
+#include "simd/avx512.h"
+#elif defined(PYBSP_ISA_neon)
+#include "simd/neon.h"
+#else
+#error "compile with PYBSP_ISA=<isa> and PYBSP_ISA_<isa>"
+#endif
