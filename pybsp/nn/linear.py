@@ -36,8 +36,8 @@ class BlockSparseLinear(nn.Module):
         bias: torch.Tensor | None = None,
         activation: str | None = None,
     ) -> None:
-        super().__init__()
         ops.check_activation(activation)
+        super().__init__()
         self.out_features, self.in_features = matrix.shape
         self.block_shape: BlockShape = matrix.block_shape
         self.activation = activation
@@ -49,6 +49,32 @@ class BlockSparseLinear(nn.Module):
         )
         self._matrix: BlockSparseMatrix | None = None
         self._address = 0
+
+    @classmethod
+    def on_meta(
+        cls,
+        linear: nn.Linear,
+        block_shape: BlockShape,
+        nnz: int,
+    ) -> BlockSparseLinear:
+        """A layer in place of ``linear`` whose ``nnz`` blocks are still to be loaded.
+
+        The fields are on the meta device; the bias is the one of ``linear`` itself.
+        """
+        rows, cols = block_shape
+        layer = cls.__new__(cls)
+        super(BlockSparseLinear, layer).__init__()
+        layer.out_features, layer.in_features = linear.out_features, linear.in_features
+        layer.block_shape = block_shape
+        layer.activation = None
+        indices = {"dtype": torch.int32, "device": "meta"}
+        layer.weight_values = nn.Parameter(torch.empty(nnz, rows, cols, device="meta"))
+        crow_indices = torch.empty(linear.out_features // rows + 1, **indices)
+        layer.register_buffer("weight_crow_indices", crow_indices)
+        layer.register_buffer("weight_col_indices", torch.empty(nnz, **indices))
+        layer.register_parameter("bias", linear.bias)
+        layer._matrix, layer._address = None, 0
+        return layer.train(linear.training)
 
     @classmethod
     def from_linear(

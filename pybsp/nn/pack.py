@@ -27,6 +27,10 @@ from .report import LayerReport, PackReport
 listeners: dict[str, Callable[[nn.Module], None]] = {}
 
 
+class NothingToPack(ValueError):
+    """The model has no layer with zero blocks."""
+
+
 def pack_(
     model: nn.Module,
     block_shape: BlockShapeSpec | None = None,
@@ -135,7 +139,7 @@ def plan_packing(
             report = replace(_report_dense(names[0], module), reason=reason)
         plans.append(LayerPlan(names, module, report))
     if not any(plan.report.packed for plan in plans):
-        raise ValueError(_nothing_found(model, plans, block_shape))
+        raise NothingToPack(_nothing_found(model, plans, block_shape))
     return plans
 
 

@@ -1,0 +1,201 @@
+"""The packed checkpoint ``model.pybsp.safetensors``.
+
+Per packed layer it holds ``NAME.weight_values`` (float32 ``(nnz, r, c)``, contiguous),
+``NAME.weight_crow_indices`` and ``NAME.weight_col_indices`` (int16 where the numbers
+fit, else int32); everything else is stored as in ``model.safetensors``. The name is one
+that no loader takes for an ordinary checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..blocks import BlockShape
+from ..matrix import BlockSparseMatrix
+from ..nn.linear import FIELDS
+
+PACKED_FILE = "model.pybsp.safetensors"
+FORMAT_VERSION = 1
+#: Key of the format version in the header of the packed file.
+VERSION_KEY = "pybsp_format_version"
+
+_INDEX_TYPES = ("I8", "I16", "I32", "I64", "U8")
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """What the header of a checkpoint says about one packed weight."""
+
+    name: str
+    nnz: int
+    block_shape: BlockShape
+    block_rows: int
+
+
+def fields_for_file(matrix: BlockSparseMatrix) -> dict[str, torch.Tensor]:
+    """``matrix`` as it is stored: contiguous values, indices as small as they fit."""
+    return {
+        "weight_values": matrix.values.detach().contiguous(),
+        "weight_crow_indices": _compact(matrix.crow_indices, matrix.nnz),
+        "weight_col_indices": _compact(
+            matrix.col_indices, matrix.shape[1] // matrix.block_shape[1]
+        ),
+    }
+
+
+def _compact(indices: torch.Tensor, largest: int) -> torch.Tensor:
+    dtype = torch.int16 if largest <= torch.iinfo(torch.int16).max else torch.int32
+    return indices.to(dtype)
+
+
+def read_packed_layers(files: Iterable[Path]) -> dict[str, PackedLayer]:
+    """The packed weights in these checkpoint files, from their headers alone.
+
+    ``ValueError`` when a file is damaged, made by a newer version, or incomplete.
+    """
+    layers = {}
+    for file in files:
+        with open_checkpoint(file) as checkpoint:
+            version = (checkpoint.metadata() or {}).get(VERSION_KEY, "1")
+            if version != str(FORMAT_VERSION):
+                raise ValueError(
+                    f"{file} has packed format version {version}; this pybsp reads "
+                    f"version {FORMAT_VERSION}: upgrade pybsp"
+                )
+            keys = set(checkpoint.keys())
+            names = {
+                key[: -len(field) - 1]
+                for key in keys
+                for field in FIELDS
+                if key.endswith(f".{field}")
+            }
+            for name in sorted(names):
+                layers[name] = _read_layer(checkpoint, keys, name, file)
+    return layers
+
+
+def _read_layer(checkpoint: Any, keys: set[str], name: str, file: Path) -> PackedLayer:
+    missing = [field for field in FIELDS if f"{name}.{field}" not in keys]
+    if missing:
+        raise ValueError(
+            f"{file} lacks {', '.join(missing)} of '{name}': the file is incomplete; "
+            "save the model again"
+        )
+    headers = [checkpoint.get_slice(f"{name}.{field}") for field in FIELDS]
+    values, crow_indices, col_indices = (header.get_shape() for header in headers)
+    types = [header.get_dtype() for header in headers]
+    if (
+        (len(values), len(crow_indices), len(col_indices)) != (3, 1, 1)
+        or col_indices[0] != values[0]
+        or crow_indices[0] < 1
+        or not (values[1] and values[2])
+        or types[0] != "F32"
+        or not set(types[1:]) <= set(_INDEX_TYPES)
+    ):
+        raise ValueError(
+            f"{file}: '{name}' is no block-sparse weight: values {values} {types[0]}, "
+            f"crow_indices {crow_indices} {types[1]}, col_indices {col_indices} "
+            f"{types[2]}; save the model again"
+        )
+    return PackedLayer(name, values[0], (values[1], values[2]), crow_indices[0] - 1)
+
+
+@contextmanager
+def open_checkpoint(file: Path) -> Iterator[Any]:
+    """``safetensors.safe_open`` with a one-line ``ValueError`` for a damaged file."""
+    try:
+        with safe_open(file, framework="pt") as checkpoint:
+            yield checkpoint
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is damaged or truncated ({error}): save or download it again"
+        ) from error
+
+
+def dense_files(directory: Path) -> list[Path]:
+    """The dense checkpoint in ``directory``: its file, its shards, or nothing."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        file = directory / name
+        if file.is_file():
+            return [file]
+        index = directory / f"{name}.index.json"
+        if index.is_file():
+            weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+            return [directory / shard for shard in sorted(set(weight_map.values()))]
+    return []
+
+
+def same_weights(packed_file: Path, dense: list[Path]) -> bool:
+    """Whether a packed file still belongs to the dense checkpoint beside it.
+
+    Somebody without pybsp may have trained on and saved over the dense file. Compared
+    are samples, which any training step changes: the first, middle and last row of
+    every tensor or, for packed weights, block row.
+    """
+    if any(file.suffix != ".safetensors" for file in dense):
+        return True
+    with open_checkpoint(packed_file) as packed:
+        layers = read_packed_layers([packed_file])
+        plain = {
+            key for key in packed.keys() if key.rpartition(".")[0] not in layers  # noqa: SIM118
+        } | {f"{name}.bias" for name in layers}
+        for file in dense:
+            with open_checkpoint(file) as checkpoint:
+                for key in checkpoint.keys():  # noqa: SIM118
+                    name, _, field = key.rpartition(".")
+                    if field == "weight" and name in layers:
+                        same = _same_block_rows(packed, layers[name], checkpoint, key)
+                    elif key in plain:
+                        same = _same_rows(packed, checkpoint, key)
+                    else:
+                        continue
+                    if not same:
+                        return False
+    return True
+
+
+def _samples(size: int) -> set[int]:
+    return {0, size // 2, size - 1} if size else set()
+
+
+def _same_rows(packed: Any, dense: Any, key: str) -> bool:
+    left, right = packed.get_slice(key), dense.get_slice(key)
+    shape = left.get_shape()
+    if shape != right.get_shape():
+        return False
+    if len(shape) < 2:
+        return torch.equal(packed.get_tensor(key), dense.get_tensor(key))
+    return all(torch.equal(left[i : i + 1], right[i : i + 1]) for i in _samples(shape[0]))
+
+
+def _same_block_rows(packed: Any, layer: PackedLayer, dense: Any, key: str) -> bool:
+    rows, cols = layer.block_shape
+    weight = dense.get_slice(key)
+    shape = weight.get_shape()
+    if len(shape) != 2 or shape[0] != layer.block_rows * rows or shape[1] % cols:
+        return False
+    crow_indices = packed.get_tensor(f"{layer.name}.weight_crow_indices").long()
+    values = packed.get_slice(f"{layer.name}.weight_values")
+    columns = packed.get_slice(f"{layer.name}.weight_col_indices")
+    for row in _samples(layer.block_rows):
+        begin, end = crow_indices[row : row + 2].tolist()
+        strip = torch.zeros(shape[1] // cols, rows, cols)
+        if not 0 <= begin <= end <= layer.nnz:
+            return True  # Damaged, not outdated: loading it says what is wrong.
+        if end > begin:
+            where = columns[begin:end].long()
+            if not 0 <= int(where.min()) <= int(where.max()) < strip.shape[0]:
+                return True
+            strip[where] = values[begin:end]
+        block_row = weight[row * rows : (row + 1) * rows].float()
+        if not torch.equal(strip.transpose(0, 1).reshape(rows, shape[1]), block_row):
+            return False
+    return True
