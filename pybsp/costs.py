@@ -45,13 +45,13 @@ def linear_cost(
     tokens: int = 128,
     activation: str | None = None,
 ) -> Cost:
-    """Time ``x @ W.T + bias`` dense and packed for one layer, ``x`` of ``(tokens, in)``.
+    """Time ``x @ W.T + bias`` for one layer, dense and packed.
 
     Parameters
     ----------
     shape : ``(out, in)`` of the weight.
     density : kept fraction of the blocks, 0 to 1; rounded to ``DENSITY_STEP``.
-    tokens : rows of ``x``, at least 1.
+    tokens : rows of ``x`` ``(tokens, in)``, at least 1.
     activation : computed by both calls when given.
 
     Measured once per process for each set of arguments and each thread count
@@ -82,12 +82,12 @@ def _measure(
     grid = grid_shape(shape, block_shape)
     mask = torch.zeros(grid[0] * grid[1], dtype=torch.bool)
     mask[torch.randperm(mask.numel(), generator=generator)[:kept]] = True
+    apply: Callable[[torch.Tensor], torch.Tensor] = ACTIVATIONS[activation]
     with torch.inference_mode():
         weight = torch.randn(shape, generator=generator)
         bias = torch.randn(shape[0], generator=generator)
         x = torch.randn(tokens, shape[1], generator=generator)
         matrix = BlockSparseMatrix.from_mask(weight, mask.view(grid), block_shape)
-        apply = ACTIVATIONS[activation]
         return Cost(
             *interleaved_medians(
                 lambda: apply(F.linear(x, weight, bias)),

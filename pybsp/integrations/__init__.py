@@ -40,14 +40,14 @@ def _register() -> None:
         # Raising would break `import transformers` for code that needs no pybsp.
         warnings.warn(
             f"pybsp could not register with transformers ({error!r}): from_pretrained "
-            "will load its checkpoints dense or refuse them; pybsp needs transformers 5",
+            "will load its checkpoints dense or refuse them; install transformers 5",
             RuntimeWarning,
             stacklevel=2,
         )
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):
-    """Finds nothing itself; adds one call to the loader of ``transformers.quantizers``."""
+    """Finds nothing; makes the loader of ``transformers.quantizers`` register."""
 
     def find_spec(
         self,

@@ -144,19 +144,15 @@ def same_weights(packed_file: Path, dense: list[Path]) -> bool:
         return True
     with open_checkpoint(packed_file) as packed:
         layers = read_packed_layers([packed_file])
-        plain = {
-            key for key in packed.keys() if key.rpartition(".")[0] not in layers  # noqa: SIM118
-        } | {f"{name}.bias" for name in layers}
+        keys = set(packed.keys())
         for file in dense:
             with open_checkpoint(file) as checkpoint:
-                for key in checkpoint.keys():  # noqa: SIM118
-                    name, _, field = key.rpartition(".")
-                    if field == "weight" and name in layers:
-                        same = _same_block_rows(packed, layers[name], checkpoint, key)
-                    elif key in plain:
-                        same = _same_rows(packed, checkpoint, key)
+                for key in checkpoint.keys():  # noqa: SIM118 (no mapping)
+                    layer = layers.get(key.removesuffix(".weight"))
+                    if layer is not None:
+                        same = _same_block_rows(packed, layer, checkpoint, key)
                     else:
-                        continue
+                        same = key not in keys or _same_rows(packed, checkpoint, key)
                     if not same:
                         return False
     return True
@@ -173,7 +169,8 @@ def _same_rows(packed: Any, dense: Any, key: str) -> bool:
         return False
     if len(shape) < 2:
         return torch.equal(packed.get_tensor(key), dense.get_tensor(key))
-    return all(torch.equal(left[i : i + 1], right[i : i + 1]) for i in _samples(shape[0]))
+    rows = _samples(shape[0])
+    return all(torch.equal(left[i : i + 1], right[i : i + 1]) for i in rows)
 
 
 def _same_block_rows(packed: Any, layer: PackedLayer, dense: Any, key: str) -> bool:

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..matrix import BlockSparseMatrix
 from ..nn.linear import FIELDS, BlockSparseLinear
-from ..nn.pack import plan_packing
+from ..nn.plan import plan_packing
 from .packed_file import FORMAT_VERSION, PACKED_FILE, VERSION_KEY, fields_for_file
 
 _DENSE_FILES = re.compile(
@@ -31,9 +31,9 @@ def save_packed(model: nn.Module, path: str | Path, dense: bool = True) -> Path:
 
     Parameters
     ----------
-    model : a pruned dense model, or one that ``pack_`` or ``from_pretrained`` packed. It
-        is not changed. Of a dense model every layer with zero blocks is packed in the
-        file if that makes it smaller.
+    model : a pruned dense model, or one that ``pack_`` or ``from_pretrained`` packed.
+        Its weights are not changed. Of a dense model every layer with zero blocks is
+        packed in the file if that makes it smaller.
     path : directory; made when missing. A checkpoint in it is replaced, other files
         stay.
     dense : also write ``model.safetensors``, dense with its zeros, which is what loads
@@ -43,15 +43,15 @@ def save_packed(model: nn.Module, path: str | Path, dense: bool = True) -> Path:
     Everything is written beside ``path`` first and then moved. Returns the path of
     ``model.pybsp.safetensors``.
 
-    Raises ``TypeError`` for other than transformers models and ``ValueError`` when there
-    are no zero blocks, before anything is written.
+    Before anything is written: ``TypeError`` for other than transformers models,
+    ``ValueError`` when there are no zero blocks.
     """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            "save_packed writes transformers checkpoints and needs a PreTrainedModel; got "
-            f"{type(model).__name__}: use torch.save(model.state_dict(), ...) for others"
+            "save_packed writes checkpoints of transformers and needs its "
+            f"PreTrainedModel; got {type(model).__name__}: use torch.save for others"
         )
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -94,7 +94,7 @@ def packed_matrices(model: nn.Module) -> dict[str, BlockSparseMatrix]:
             matrices.update(dict.fromkeys(plan.names, matrix))
     if not matrices:
         raise ValueError(
-            f"the zero blocks of {type(model).__name__} are too few for packing to save "
+            f"{type(model).__name__} has too few zero blocks for packing to save "
             "space: prune more, or use model.save_pretrained"
         )
     return matrices
@@ -117,9 +117,10 @@ def packed_state_dict(
         tensor = tensor.detach().contiguous()
         tensors[key] = tensor.clone() if shared else tensor
     for name, matrix in matrices.items():
-        for field, tensor in fields_for_file(matrix).items():
-            tensors[f"{name}.{field}"] = tensor.clone() if id(matrix) in seen else tensor
+        shared = id(matrix) in seen
         seen.add(id(matrix))
+        for field, tensor in fields_for_file(matrix).items():
+            tensors[f"{name}.{field}"] = tensor.clone() if shared else tensor
     return tensors
 
 
@@ -135,7 +136,7 @@ def packing_record(
     record = dict(record if isinstance(record, Mapping) else record.to_dict())
     if record.get("quant_method", "pybsp") != "pybsp":
         raise ValueError(
-            f"the model is quantized with {record['quant_method']!r}: dequantize it first"
+            f"the model is quantized by {record['quant_method']!r}: dequantize it first"
         )
     modules = {} if matrices is not None else dict(record.get("modules") or {})
     if matrices is None:
@@ -170,7 +171,7 @@ def _publish(beside: Path, path: Path) -> None:
     if not path.exists():
         beside.rename(path)
         return
-    files = sorted(beside.iterdir(), key=lambda file: (file.name == "config.json", file))
+    files = sorted(beside.iterdir(), key=lambda file: file.name == "config.json")
     names = {file.name for file in files}
     for file in files:
         file.replace(path / file.name)

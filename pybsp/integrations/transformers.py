@@ -18,27 +18,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
     register_quantizer,
 )
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..blocks import BlockShapeSpec, check_block_shape, check_block_shape_spec
 from ..nn import pack
 from ..nn.fuse import fuse_
-from ..nn.linear import FIELDS, BlockSparseLinear
-from .packed_file import (
-    FORMAT_VERSION,
-    PACKED_FILE,
-    PackedLayer,
-    dense_files,
-    read_packed_layers,
-    same_weights,
+from ..nn.linear import BlockSparseLinear
+from ..nn.plan import NothingToPack
+from .loading import (
+    check_loaded,
+    check_record,
+    dense_state_dict,
+    prepare_layers,
+    settle_files,
 )
+from .packed_file import FORMAT_VERSION, PACKED_FILE, read_packed_layers
 from .save import packing_record, save_packed
 
 __all__ = ["BlockSparseConfig", "BlockSparseHfQuantizer", "register", "save_packed"]
@@ -56,7 +57,7 @@ def register() -> None:
     pack.listeners[__name__] = follow_packing
 
 
-class BlockSparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class BlockSparseConfig(QuantizationConfigMixin):
     """What ``config.json`` says about a pruned model, as ``quantization_config``.
 
     Parameters
@@ -64,7 +65,7 @@ class BlockSparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
     block_shape : ``(out, in)`` for layers that ``modules`` does not name; None detects.
     modules : block shape of each pruned layer by name.
     format : ``"dense"`` or ``"packed"``: which file holds the weights.
-    min_gain, fuse : as for ``pybsp.pack_``, when a dense checkpoint is packed on loading.
+    min_gain, fuse : as for ``pybsp.pack_``, for a dense checkpoint packed on loading.
 
     Other entries, such as ``sparsity``, are kept and written again.
     """
@@ -80,11 +81,11 @@ class BlockSparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
     ) -> None:
         if format not in ("dense", "packed"):
             raise ValueError(
-                f"the format of a pybsp checkpoint is 'dense' or 'packed'; got {format!r} "
-                "in quantization_config"
+                "the format in quantization_config is 'dense' or 'packed'; got "
+                f"{format!r}: save the model again"
             )
         notes.pop("quant_method", None)
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.format = format
         self.block_shape = (
             None if block_shape is None else check_block_shape_spec(block_shape)
@@ -114,7 +115,7 @@ class BlockSparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return record
 
 
-class BlockSparseHfQuantizer(HfQuantizer):  # type: ignore[misc]
+class BlockSparseHfQuantizer(HfQuantizer):
     """Builds packed layers while transformers loads a model, and saves them dense."""
 
     requires_calibration = False
@@ -146,51 +147,16 @@ class BlockSparseHfQuantizer(HfQuantizer):  # type: ignore[misc]
             return
         # transformers builds models under the meta device, the files hold real numbers.
         with torch.device("cpu"):
-            self._settle_files(checkpoint_files)
+            settle_files(checkpoint_files)
         files = [Path(file) for file in checkpoint_files]
         if any(file.suffix != ".safetensors" for file in files):
             return
         layers = read_packed_layers(files)
         self._loaded_packed = files[0] if layers else None
         if files[0].name == PACKED_FILE:
-            self._check_record(files[0], layers)
+            check_record(self.quantization_config.modules, layers, files[0])
         if layers:
             prepare_layers(model, layers, files[0])
-
-    def _settle_files(self, files: list[str]) -> None:
-        """Fall back, in ``files`` itself, when the packed file is missing or outdated."""
-        packed = Path(files[0])
-        if packed.name != PACKED_FILE:
-            return
-        dense = dense_files(packed.parent)
-        if not packed.is_file():
-            if not dense:
-                raise OSError(
-                    f"{packed.parent} has neither {PACKED_FILE} nor model.safetensors, so "
-                    "there are no weights to load: copy one of them there"
-                )
-            # Saved again by someone without pybsp, who keeps the record in the config.
-            logger.info("%s has no %s; packing its dense file", packed.parent, PACKED_FILE)
-            files[:] = [str(file) for file in dense]
-        elif dense and not same_weights(packed, dense):
-            logger.warning(
-                "%s holds other weights than %s beside it, which was saved later without "
-                "pybsp; loading the latter. Call pybsp.save_packed to renew the former.",
-                packed,
-                dense[0].name,
-            )
-            files[:] = [str(file) for file in dense]
-
-    def _check_record(self, file: Path, layers: dict[str, PackedLayer]) -> None:
-        recorded = self.quantization_config.modules
-        found = {name: layer.block_shape for name, layer in layers.items()}
-        for name in sorted({*recorded, *found}):
-            if recorded and recorded.get(name) != found.get(name):
-                raise ValueError(
-                    f"config.json and {file} are not from the same save: block shape of "
-                    f"'{name}' is {recorded.get(name)} in the one, {found.get(name)} in "
-                    "the other; save the model again"
-                )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
         model_config: Any = model.config
@@ -209,7 +175,7 @@ class BlockSparseHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 fuse=self.quantization_config.fuse,
                 min_gain=self.quantization_config.min_gain,
             )
-        except pack.NothingToPack as error:
+        except NothingToPack as error:
             if not self.pre_quantized:
                 raise
             logger.warning("nothing was packed, the model stays dense: %s", error)
@@ -246,64 +212,6 @@ class BlockSparseHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def dense_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """``model.state_dict()`` with every packed layer as the ``weight`` of nn.Linear."""
-    state = dict(model.state_dict())
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, BlockSparseLinear):
-            for field in FIELDS:
-                del state[f"{name}.{field}"]
-            state[f"{name}.weight"] = module.weight.detach()
-    return state
-
-
-def prepare_layers(
-    model: nn.Module, layers: dict[str, PackedLayer], file: Path
-) -> None:
-    """Put unloaded packed layers where ``layers`` of the checkpoint ``file`` belong."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    prefix = getattr(model, "base_model_prefix", "") + "."
-    replaced = 0
-    for layer in layers.values():
-        # A head model may load what a base model saved, and the other way round.
-        candidates = (layer.name, prefix + layer.name, layer.name.removeprefix(prefix))
-        name = next((name for name in candidates if name in modules), None)
-        if name is None:
-            continue
-        linear = modules[name]
-        rows, cols = layer.block_shape
-        if (
-            not isinstance(linear, nn.Linear)
-            or linear.out_features != layer.block_rows * rows
-            or linear.in_features % cols
-        ):
-            raise ValueError(
-                f"'{layer.name}' in {file} has {layer.block_rows} block rows of shape "
-                f"{layer.block_shape}, which does not fit {linear} of this model: "
-                "config.json and the file are not from the same save"
-            )
-        packed = BlockSparseLinear.on_meta(linear, layer.block_shape, layer.nnz)
-        model.set_submodule(name, packed)
-        replaced += 1
-    if not replaced:
-        raise ValueError(
-            f"none of the {len(layers)} packed layers in {file} exists in "
-            f"{type(model).__name__}: load it with the class it was saved from"
-        )
-
-
-def check_loaded(model: nn.Module, file: Path) -> None:
-    """Check what was loaded into packed layers; ``ValueError`` names file and layer."""
-    for name, module in model.named_modules():
-        if isinstance(module, BlockSparseLinear):
-            try:
-                module.matrix  # noqa: B018 (built and checked on access)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{file}: '{name}': {error}") from error
-            if not bool(torch.isfinite(module.weight_values).all()):
-                raise ValueError(f"{file}: '{name}' holds NaN or infinite weights")
-
-
 def follow_packing(model: nn.Module) -> None:
     """Give a transformers model with packed layers its quantizer, or take it away.
 
@@ -316,13 +224,13 @@ def follow_packing(model: nn.Module) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     packed = any(isinstance(module, BlockSparseLinear) for module in model.modules())
     if packed and quantizer is None:
-        config = BlockSparseConfig.from_dict(packing_record(model))
+        config = BlockSparseConfig(**packing_record(model))
         model.config.quantization_config = config
         model.hf_quantizer = BlockSparseHfQuantizer(config, pre_quantized=True)
         model.is_quantized = True
         model.quantization_method = QUANT_METHOD
     elif not packed and isinstance(quantizer, BlockSparseHfQuantizer):
         record = quantizer.quantization_config.to_dict()
-        quantizer.remove_quantization_config(model)
+        quantizer.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         # Still pruned, and what is saved says so.
         model.config.quantization_config = record

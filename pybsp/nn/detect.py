@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..blocks import BlockShape, block_view
@@ -42,7 +44,7 @@ def detect_block_shape(weight: torch.Tensor) -> BlockShape | None:
     return next((shape for shape in shapes if explains(shape)), None)
 
 
-def _extents(size: int, explains) -> list[int]:  # type: ignore[no-untyped-def]
+def _extents(size: int, explains: Callable[[int], bool]) -> list[int]:
     passed: list[int] = []
     failed: list[int] = []
     for extent in (d for d in range(1, size + 1) if size % d == 0):

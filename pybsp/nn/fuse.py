@@ -7,6 +7,7 @@ its own over ``(tokens, intermediate)``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,11 +51,11 @@ def fuse_(model: nn.Module) -> list[str]:
                 continue
             layer = getattr(parent, layer_name)
             original = getattr(parent, activation_name, None)
-            activation = activation_of(original)
             if (
                 isinstance(layer, BlockSparseLinear)
                 and layer.activation is None
-                and activation is not None
+                and original is not None
+                and (activation := activation_of(original)) is not None
             ):
                 layer.activation = activation
                 setattr(parent, activation_name, FusedActivation(original))
@@ -74,7 +75,7 @@ def unfuse_(model: nn.Module) -> None:
                 setattr(parent, activation_name, stand_in.original)
 
 
-def activation_of(function: object) -> str | None:
+def activation_of(function: Any) -> str | None:
     """Which of the fusable activations ``function`` computes, found by calling it.
 
     Compared on -40 to 40, where every pair of them differs by more than the rounding
@@ -91,7 +92,8 @@ def activation_of(function: object) -> str | None:
         result = function(probe)
         if not isinstance(result, torch.Tensor) or result.shape != probe.shape:
             return None
-        for name, activation in ACTIVATIONS.items():
+        for name, formula in ACTIVATIONS.items():
+            activation: Callable[[torch.Tensor], torch.Tensor] = formula
             if name is not None and torch.allclose(
                 result, activation(probe), rtol=1e-6, atol=2e-6
             ):

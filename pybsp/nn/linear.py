@@ -67,11 +67,12 @@ class BlockSparseLinear(nn.Module):
         layer.out_features, layer.in_features = linear.out_features, linear.in_features
         layer.block_shape = block_shape
         layer.activation = None
-        indices = {"dtype": torch.int32, "device": "meta"}
         layer.weight_values = nn.Parameter(torch.empty(nnz, rows, cols, device="meta"))
-        crow_indices = torch.empty(linear.out_features // rows + 1, **indices)
-        layer.register_buffer("weight_crow_indices", crow_indices)
-        layer.register_buffer("weight_col_indices", torch.empty(nnz, **indices))
+        for name, size in zip(
+            FIELDS[1:], (linear.out_features // rows + 1, nnz), strict=True
+        ):
+            indices = torch.empty(size, dtype=torch.int32, device="meta")
+            layer.register_buffer(name, indices)
         layer.register_parameter("bias", linear.bias)
         layer._matrix, layer._address = None, 0
         return layer.train(linear.training)
@@ -100,8 +101,8 @@ class BlockSparseLinear(nn.Module):
         """
         if self.activation is not None:
             raise ValueError(
-                f"this layer computes {self.activation!r} itself and nn.Linear does not: "
-                "call pybsp.nn.unpack_ on the model, or set layer.activation = None and "
+                f"this layer computes {self.activation!r} and nn.Linear does not: call "
+                "pybsp.nn.unpack_ on the model, or set layer.activation = None and "
                 "apply the activation after it"
             )
         linear = nn.Linear(
@@ -118,18 +119,29 @@ class BlockSparseLinear(nn.Module):
         return linear.train(self.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if type(x) is not torch.Tensor or torch.compiler.is_compiling():
+            shape = (self.out_features, self.in_features)
+            return ops.block_sparse_linear_fields(
+                x, self.weight_values, self.weight_crow_indices,
+                self.weight_col_indices, shape, self.bias, self.activation,
+            )  # fmt: skip
         # Straight from the dictionaries: a lookup through nn.Module.__getattr__ costs
         # a third of a microsecond, and a small layer takes five in all.
-        parameters = self._parameters
+        parameters, buffers = self._parameters, self._buffers
         values = parameters["weight_values"]
         matrix = self._matrix
         if (
             matrix is None
             or matrix.values is not values
+            or matrix.crow_indices is not buffers["weight_crow_indices"]
+            or matrix.col_indices is not buffers["weight_col_indices"]
             or self._address != values.data_ptr()
         ):
             matrix = self.matrix
-        return ops.block_sparse_linear(x, matrix, parameters["bias"], self.activation)
+        result: torch.Tensor = ops.block_sparse_linear(
+            x, matrix, parameters["bias"], self.activation
+        )
+        return result
 
     @property
     def matrix(self) -> BlockSparseMatrix:
@@ -145,18 +157,23 @@ class BlockSparseLinear(nn.Module):
             or matrix.col_indices is not self.weight_col_indices
             or self._address != values.data_ptr()
         ):
-            if isinstance(values, nn.Parameter):
-                values.data = ops.column_major_blocks(values.data)
-            matrix = matrix_from_fields(
-                values,
-                self.weight_crow_indices,
-                self.weight_col_indices,
-                (self.out_features, self.in_features),
-            )
-            self.weight_crow_indices = matrix.crow_indices
-            self.weight_col_indices = matrix.col_indices
-            self.block_shape = matrix.block_shape
-            self._matrix, self._address = matrix, values.data_ptr()
+            matrix = self._bind()
+        return matrix
+
+    def _bind(self) -> BlockSparseMatrix:
+        values = self.weight_values
+        if isinstance(values, nn.Parameter):
+            values.data = ops.column_major_blocks(values.data)
+        matrix = matrix_from_fields(
+            values,
+            self.weight_crow_indices,
+            self.weight_col_indices,
+            (self.out_features, self.in_features),
+        )
+        self.weight_crow_indices = matrix.crow_indices
+        self.weight_col_indices = matrix.col_indices
+        self.block_shape = matrix.block_shape
+        self._matrix, self._address = matrix, values.data_ptr()
         return matrix
 
     @property
@@ -176,11 +193,13 @@ class BlockSparseLinear(nn.Module):
             f"bias={self.bias is not None}, block_shape={self.block_shape}, "
             f"density={self.density:.3f}"
         )
-        return text if self.activation is None else f"{text}, activation={self.activation}"
+        if self.activation is None:
+            return text
+        return f"{text}, activation={self.activation}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> BlockSparseLinear:
         self._matrix = None
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -200,8 +219,9 @@ class BlockSparseLinear(nn.Module):
         if matrix is not None:
             self._resize(matrix)
             state_dict = {k: v for k, v in state_dict.items() if k != f"{prefix}weight"}
-            fields = (matrix.values, matrix.crow_indices, matrix.col_indices)
-            state_dict.update(zip((prefix + name for name in FIELDS), fields, strict=True))
+            state_dict[f"{prefix}weight_values"] = matrix.values
+            state_dict[f"{prefix}weight_crow_indices"] = matrix.crow_indices
+            state_dict[f"{prefix}weight_col_indices"] = matrix.col_indices
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._matrix = None
 
@@ -214,8 +234,8 @@ class BlockSparseLinear(nn.Module):
         if dense is not None and not present:
             if tuple(dense.shape) != shape:
                 raise ValueError(
-                    f"the dense weight in the checkpoint has shape {tuple(dense.shape)}; "
-                    f"this layer is {shape}"
+                    f"the dense weight in the checkpoint is {tuple(dense.shape)} and "
+                    f"this layer {shape}"
                 )
             return BlockSparseMatrix.from_dense(dense, self.block_shape)
         if not present:
@@ -223,10 +243,10 @@ class BlockSparseLinear(nn.Module):
         if len(present) < len(FIELDS):
             missing = sorted(set(FIELDS) - set(present))
             raise ValueError(
-                f"the checkpoint lacks {', '.join(missing)} beside {', '.join(present)}; "
-                "a packed weight needs all three: save the model again"
+                f"the checkpoint has {', '.join(present)} without {', '.join(missing)}:"
+                " save the model again"
             )
-        values, crow_indices, col_indices = (state_dict[prefix + name] for name in FIELDS)
+        values, crow_indices, col_indices = (state_dict[prefix + key] for key in FIELDS)
         return matrix_from_fields(values, crow_indices, col_indices, shape)
 
     def _resize(self, matrix: BlockSparseMatrix) -> None:
@@ -265,9 +285,10 @@ def matrix_from_fields(
                 f"{name}_indices must be integers; got {indices.dtype}: the checkpoint "
                 "is damaged"
             )
-        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < 2**31:
+        low, high = (int(v) for v in indices.aminmax()) if indices.numel() else (0, 0)
+        if low < 0 or high >= 2**31:
             raise ValueError(
-                f"{name}_indices reach from {int(indices.min())} to {int(indices.max())}, "
-                "outside of 0 to 2**31 - 1: the checkpoint is damaged"
+                f"{name}_indices reach from {low} to {high}, outside of 0 to 2**31 - 1:"
+                " the checkpoint is damaged"
             )
     return BlockSparseMatrix(crow_indices, col_indices, values, shape)

@@ -1,0 +1,117 @@
+"""Packed layers in a model that is being loaded, and back into a dense state."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..blocks import BlockShape
+from ..nn.linear import FIELDS, BlockSparseLinear
+from .packed_file import PACKED_FILE, PackedLayer, dense_files, same_weights
+
+logger = logging.getLogger(__name__)
+
+
+def settle_files(files: list[str]) -> None:
+    """Turn ``files``, in place, to the dense ones if the packed one cannot serve.
+
+    It is missing when somebody without pybsp saved the model again, who keeps the
+    record in ``config.json``; it is outdated when they did so in the same directory.
+    """
+    packed = Path(files[0])
+    if packed.name != PACKED_FILE:
+        return
+    dense = dense_files(packed.parent)
+    if not packed.is_file():
+        if not dense:
+            raise OSError(
+                f"{packed.parent} has neither {PACKED_FILE} nor model.safetensors: "
+                "copy one of them there"
+            )
+        logger.info("%s has no %s; loading dense weights", packed.parent, PACKED_FILE)
+        files[:] = [str(file) for file in dense]
+    elif dense and not same_weights(packed, dense):
+        logger.warning(
+            "%s holds other weights than %s beside it, which was changed without "
+            "pybsp; loading the latter: pybsp.save_packed renews the former",
+            packed,
+            dense[0].name,
+        )
+        files[:] = [str(file) for file in dense]
+
+
+def check_record(
+    recorded: Mapping[str, BlockShape], layers: Mapping[str, PackedLayer], file: Path
+) -> None:
+    """``ValueError`` unless ``config.json`` records just the layers that are packed."""
+    for name in sorted({*recorded, *layers}):
+        expected = recorded.get(name)
+        found = layers[name].block_shape if name in layers else None
+        if recorded and expected != found:
+            raise ValueError(
+                f"config.json and {file} are not from the same save: '{name}' has "
+                f"block shape {expected} in the one, {found} in the other; save the "
+                "model again"
+            )
+
+
+def dense_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """``model.state_dict()`` with every packed layer as the ``weight`` of nn.Linear."""
+    state = dict(model.state_dict())
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, BlockSparseLinear):
+            for field in FIELDS:
+                del state[f"{name}.{field}"]
+            state[f"{name}.weight"] = module.weight.detach()
+    return state
+
+
+def prepare_layers(
+    model: nn.Module, layers: dict[str, PackedLayer], file: Path
+) -> None:
+    """Put unloaded packed layers where ``layers`` of the checkpoint ``file`` belong."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    replaced = 0
+    for layer in layers.values():
+        # A head model may load what a base model saved, and the other way round.
+        candidates = (layer.name, prefix + layer.name, layer.name.removeprefix(prefix))
+        name = next((name for name in candidates if name in modules), None)
+        if name is None:
+            continue
+        linear = modules[name]
+        rows, cols = layer.block_shape
+        if (
+            not isinstance(linear, nn.Linear)
+            or linear.out_features != layer.block_rows * rows
+            or linear.in_features % cols
+        ):
+            raise ValueError(
+                f"'{layer.name}' in {file} has {layer.block_rows} block rows of shape "
+                f"{layer.block_shape}, which does not fit {linear} of this model: "
+                "config.json and the file are not from the same save"
+            )
+        packed = BlockSparseLinear.on_meta(linear, layer.block_shape, layer.nnz)
+        model.set_submodule(name, packed)
+        replaced += 1
+    if not replaced:
+        raise ValueError(
+            f"none of the {len(layers)} packed layers in {file} exists in "
+            f"{type(model).__name__}: load it with the class it was saved from"
+        )
+
+
+def check_loaded(model: nn.Module, file: Path) -> None:
+    """Check what was loaded into packed layers; ``ValueError`` names file and layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, BlockSparseLinear):
+            try:
+                module.matrix  # noqa: B018 (built and checked on access)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{file}: '{name}': {error}") from error
+            if not bool(torch.isfinite(module.weight_values).all()):
+                raise ValueError(f"{file}: '{name}' holds NaN or infinite weights")

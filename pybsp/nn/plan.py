@@ -1,0 +1,225 @@
+"""Which linear layers of a model have zero blocks, and in which block shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..blocks import (
+    BlockShape,
+    BlockShapeSpec,
+    block_view,
+    check_block_shape_spec,
+    resolve_block_shape,
+)
+from ..matrix import BlockSparseMatrix
+from .detect import detect_block_shape
+from .linear import BlockSparseLinear
+from .report import LayerReport
+
+
+class NothingToPack(ValueError):
+    """The model has no layer with zero blocks."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One linear layer, every name it has in the model, and what to do with it.
+
+    ``linear`` is None for a layer that is packed already.
+    """
+
+    names: tuple[str, ...]
+    linear: nn.Linear | None
+    report: LayerReport
+
+    def matrix(self) -> BlockSparseMatrix:
+        assert self.linear is not None
+        assert self.report.block_shape is not None
+        return BlockSparseMatrix.from_dense(self.linear.weight, self.report.block_shape)
+
+    def build(self, shared: dict[int, BlockSparseLinear]) -> BlockSparseLinear:
+        """The packed layer; weights shared between linears stay shared."""
+        assert self.linear is not None
+        assert self.report.block_shape is not None
+        layer = BlockSparseLinear.from_linear(self.linear, self.report.block_shape)
+        first = shared.setdefault(id(self.linear.weight), layer)
+        if first is not layer:
+            layer.weight_values = first.weight_values
+            layer.weight_crow_indices = first.weight_crow_indices
+            layer.weight_col_indices = first.weight_col_indices
+        return layer
+
+
+def plan_packing(
+    model: nn.Module, block_shape: BlockShapeSpec | None = None
+) -> list[LayerPlan]:
+    """A plan for each distinct linear layer: packed where it has zero blocks.
+
+    Changes nothing and measures nothing. ``ValueError`` when no layer has zero blocks.
+    """
+    if block_shape is not None:
+        check_block_shape_spec(block_shape)
+    recorded = recorded_block_shapes(model)
+    foreign = _weights_used_elsewhere(model)
+    plans = []
+    for names, module in _linear_layers(model):
+        if isinstance(module, BlockSparseLinear):
+            plans.append(LayerPlan(names, None, _report_packed(names[0], module)))
+            continue
+        reason = _why_not(model, names, module, foreign)
+        if reason is None:
+            spec = block_shape or getattr(module, "pybsp_block_shape", None)
+            spec = spec or recorded(names[0])
+            report = _inspect(names[0], module, spec)
+        else:
+            report = replace(_report_dense(names[0], module), reason=reason)
+        plans.append(LayerPlan(names, module, report))
+    if not any(plan.report.packed for plan in plans):
+        raise NothingToPack(_nothing_found(model, plans, block_shape))
+    return plans
+
+
+def recorded_block_shapes(model: nn.Module) -> Callable[[str], BlockShapeSpec | None]:
+    """Look-up by layer name in ``model.config.quantization_config``."""
+    record = getattr(getattr(model, "config", None), "quantization_config", None)
+    if record is not None and not isinstance(record, Mapping):
+        record = record.to_dict()
+    if not record or record.get("quant_method") != "pybsp":
+        return lambda name: None  # noqa: ARG005
+    modules: dict[str, Any] = dict(record.get("modules") or {})
+    default = record.get("block_shape") if not modules else None
+
+    def look_up(name: str) -> BlockShapeSpec | None:
+        # A head model names the layers of its base model with a prefix.
+        for key, shape in modules.items():
+            if key == name or key.endswith(f".{name}") or name.endswith(f".{key}"):
+                return check_block_shape_spec(shape)
+        return default and check_block_shape_spec(default)
+
+    return look_up
+
+
+def _linear_layers(
+    model: nn.Module,
+) -> Iterator[tuple[tuple[str, ...], nn.Linear | BlockSparseLinear]]:
+    """Every linear layer once, with all the names it goes by."""
+    found: dict[int, tuple[list[str], nn.Linear | BlockSparseLinear]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (nn.Linear, BlockSparseLinear)):
+            found.setdefault(id(module), ([], module))[0].append(name)
+    for names, module in found.values():
+        yield tuple(names), module
+
+
+def _weights_used_elsewhere(model: nn.Module) -> set[int]:
+    return {
+        id(parameter)
+        for module in model.modules()
+        if type(module) is not nn.Linear
+        for parameter in module._parameters.values()
+        if parameter is not None
+    }
+
+
+def _why_not(
+    model: nn.Module, names: tuple[str, ...], module: nn.Linear, foreign: set[int]
+) -> str | None:
+    """Why this layer must stay an ``nn.Linear`` whatever its zeros, or None."""
+    if type(module) is not nn.Linear:
+        return f"{type(module).__name__} is a linear layer of its own kind"
+    if id(module.weight) in foreign:
+        return "its weight is tied to another kind of layer"
+    if "forward" in vars(module) or any(
+        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    ):
+        return "it has hooks, which packing would lose"
+    for name in names:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            return "torch's TransformerEncoderLayer reads the weight itself"
+    return None
+
+
+def _inspect(name: str, linear: nn.Linear, spec: BlockShapeSpec | None) -> LayerReport:
+    """Whether ``linear`` has zero blocks, without timing anything."""
+    report = _report_dense(name, linear)
+    weight = linear.weight.detach()
+    if weight.device.type != "cpu":
+        raise ValueError(
+            f"the weight of '{name}' is on {weight.device}; packing needs the model on "
+            "the CPU: call model.cpu() first"
+        )
+    if not (weight == 0).any():
+        return replace(report, reason="no zeros")
+    shape: BlockShape | None
+    if spec is None:
+        shape = detect_block_shape(weight)
+        if shape is None:
+            return replace(report, reason="its zeros are scattered, not in blocks")
+    else:
+        try:
+            shape = resolve_block_shape(spec, weight.shape)
+        except ValueError as error:
+            return replace(report, reason=str(error))
+    kept = block_view(weight != 0, shape).any(3).any(2)
+    if bool(kept.all()):
+        return replace(report, block_shape=shape, reason="no zero blocks")
+    if weight.dtype != torch.float32:
+        raise ValueError(
+            f"the weight of '{name}' is {weight.dtype}; packed layers compute in "
+            "float32: call model.float() first"
+        )
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(
+            f"the weight of '{name}' holds NaN or infinite values: check the training "
+            "run or the checkpoint it came from"
+        )
+    count = int(kept.sum())
+    indices = 4 * (count + kept.shape[0] + 1)
+    return replace(
+        report,
+        block_shape=shape,
+        density=count / kept.numel(),
+        packed_bytes=4 * count * shape[0] * shape[1] + indices,
+        packed=True,
+    )
+
+
+def _report_dense(name: str, linear: nn.Linear) -> LayerReport:
+    shape = (linear.out_features, linear.in_features)
+    size = 4 * shape[0] * shape[1]
+    return LayerReport(name, shape, dense_bytes=size, packed_bytes=size)
+
+
+def _report_packed(name: str, layer: BlockSparseLinear) -> LayerReport:
+    shape = (layer.out_features, layer.in_features)
+    return LayerReport(
+        name,
+        shape,
+        dense_bytes=4 * shape[0] * shape[1],
+        packed_bytes=layer.matrix.nbytes,
+        block_shape=layer.block_shape,
+        density=layer.density,
+        packed=True,
+        reason="was packed already",
+    )
+
+
+def _nothing_found(
+    model: nn.Module, plans: list[LayerPlan], block_shape: BlockShapeSpec | None
+) -> str:
+    name = type(model).__name__
+    if not plans:
+        return f"{name} has no nn.Linear layers, so there is nothing to pack"
+    shape = "" if block_shape is None else f" of shape {tuple(block_shape)}"
+    example = plans[0].report
+    return (
+        f"none of the {len(plans)} linear layers of {name} has zero blocks{shape} "
+        f"(for instance {example.name}: {example.reason}); prune it first with "
+        "pybsp.BlockPruner or `pybsp prune`, or give the block_shape it was pruned with"
+    )
