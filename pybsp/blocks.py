@@ -11,8 +11,8 @@ from typing import TypeAlias
 import torch
 
 BlockShape: TypeAlias = tuple[int, int]
-#: A block shape whose extents may also be ``"in/8"``, ``"out/4"``, ``"in"`` or ``"out"``:
-#: a fraction of the matrix it is applied to.
+#: A block shape whose extents may also be ``"in/8"``, ``"out/4"``, ``"in"`` or
+#: ``"out"``: a fraction of the matrix it is applied to.
 BlockShapeSpec: TypeAlias = tuple[int | str, int | str]
 
 
@@ -37,7 +37,7 @@ def check_block_shape_spec(spec: object) -> BlockShapeSpec:
         if isinstance(extent, str):
             side, _, divisor = extent.partition("/")
             if side in ("in", "out") and (
-                divisor.isdecimal() and int(divisor) > 0 or "/" not in extent
+                (divisor.isdecimal() and int(divisor) > 0) or "/" not in extent
             ):
                 continue
         elif isinstance(extent, int) and not isinstance(extent, bool) and extent > 0:
@@ -69,8 +69,8 @@ def resolve_block_shape(
             parts = int(divisor or 1)
             if size[side] % parts:
                 raise ValueError(
-                    f"block extent '{extent}' does not divide: {side} = {size[side]} is "
-                    f"not a multiple of {parts}; choose a divisor of {size[side]}"
+                    f"block extent '{extent}' does not divide: {side} = {size[side]} "
+                    f"is not a multiple of {parts}; choose a divisor of {size[side]}"
                 )
             resolved.append(size[side] // parts)
         else:
@@ -83,7 +83,7 @@ def resolve_block_shape(
 def grid_shape(
     weight_shape: tuple[int, int] | torch.Size, block_shape: BlockShape
 ) -> tuple[int, int]:
-    """``(out/r, in/c)``; ``ValueError`` when ``(r, c)`` does not divide ``(out, in)``."""
+    """``(out/r, in/c)``; ``ValueError`` when the block shape does not divide."""
     if len(weight_shape) != 2:
         raise ValueError(
             f"a block-sparse weight has two dimensions; got shape {tuple(weight_shape)}"
@@ -97,8 +97,8 @@ def grid_shape(
         if size % extent:
             raise ValueError(
                 f"block_shape {(rows, cols)} does not divide a weight of shape "
-                f"{tuple(weight_shape)}: {name} = {size} is not a multiple of {extent}; "
-                "choose a block shape that divides it or exclude the module"
+                f"{tuple(weight_shape)}: {name} = {size} is not a multiple of "
+                f"{extent}; choose a block shape that divides it or exclude the module"
             )
     return out_features // rows, in_features // cols
 
@@ -118,11 +118,8 @@ def block_view(weight: torch.Tensor, block_shape: BlockShape) -> torch.Tensor:
     """View of ``weight`` as ``(out/r, in/c, r, c)``; no copy."""
     grid_rows, grid_cols = grid_shape(weight.shape, block_shape)
     rows, cols = block_shape
-    return (
-        weight.unflatten(0, (grid_rows, rows))
-        .unflatten(2, (grid_cols, cols))
-        .transpose(1, 2)
-    )
+    grid = weight.view(grid_rows, rows, grid_cols, cols)
+    return grid.transpose(1, 2)
 
 
 def expand_blocks(per_block: torch.Tensor, block_shape: BlockShape) -> torch.Tensor:

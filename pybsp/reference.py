@@ -7,12 +7,14 @@ are not on the CPU. Symbols: a weight ``W`` of shape ``(out, in)`` in blocks ``(
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from .blocks import BlockShape, block_view, expand_blocks
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
     None: lambda y: y,
     "relu": F.relu,
     "gelu": F.gelu,
@@ -23,7 +25,8 @@ ACTIVATIONS = {
 
 def block_norms(weight: torch.Tensor, block_shape: BlockShape) -> torch.Tensor:
     """``||W_b||`` for every block, shape ``(out/r, in/c)``."""
-    return torch.linalg.vector_norm(block_view(weight, block_shape), dim=(2, 3))
+    blocks = block_view(weight, block_shape)
+    return blocks.square().sum((2, 3)).sqrt()
 
 
 def reweight(norms: torch.Tensor, eps: float) -> torch.Tensor:
@@ -38,7 +41,7 @@ def group_lasso_grad_(
     lam: float,
     block_shape: BlockShape,
 ) -> float:
-    """``grad += lam * factor_b * W_b / ||W_b||``; returns ``lam * sum_b factor_b ||W_b||``.
+    """``grad += lam * factor * W_b / ||W_b||``; returns ``lam * sum(factor ||W_b||)``.
 
     A block that is exactly zero has gradient zero (the minimum-norm subgradient).
     """
@@ -51,7 +54,7 @@ def group_lasso_grad_(
 def group_lasso_prox_(
     weight: torch.Tensor, thresholds: torch.Tensor, block_shape: BlockShape
 ) -> torch.Tensor:
-    """``W_b *= max(0, 1 - threshold_b / ||W_b||)``: exact zeros where ``||W_b|| <= threshold_b``."""
+    """``W_b *= max(0, 1 - threshold / ||W_b||)``, exactly zero at and under it."""
     norms = block_norms(weight, block_shape)
     scale = torch.where(norms > thresholds, 1.0 - thresholds / norms, 0.0)
     weight.copy_(
@@ -65,7 +68,7 @@ def group_lasso_prox_(
 
 
 def block_mask(scores: torch.Tensor, keep: int) -> torch.Tensor:
-    """Boolean mask of the ``keep`` largest scores; of equal scores the first (row-major) stay."""
+    """Mask of the ``keep`` largest scores; of equal ones the first (row-major) stay."""
     order = torch.sort(scores.flatten(), descending=True, stable=True).indices
     mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     mask[order[:keep]] = True
@@ -95,7 +98,7 @@ def block_sparse_to_dense(
     values: torch.Tensor,
     shape: tuple[int, int],
 ) -> torch.Tensor:
-    """The dense ``(out, in)`` matrix of BSR fields, ``values`` of shape ``(nnz, r, c)``."""
+    """The dense ``(out, in)`` matrix of BSR fields, ``values`` being ``(nnz, r, c)``."""
     rows, cols = values.shape[1:]
     row_indices = block_row_indices(crow_indices, col_indices)
     blocks = values.new_zeros(shape[0] // rows, shape[1] // cols, rows, cols)

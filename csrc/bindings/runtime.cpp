@@ -21,7 +21,7 @@ void register_runtime(py::module_& module) {
     py::dict info;
     info["version"] = PYBSP_VERSION;
     info["compiler"] = __VERSION__;
-    info["openmp"] = openmp_version();
+    info["openmp"] = std::to_string(openmp_version());
     return info;
   });
 }

@@ -1,0 +1,58 @@
+from typing import Any
+
+from numpy.typing import NDArray
+
+def active_isa() -> str: ...
+def set_active_isa(name: str) -> None: ...
+def available_isas() -> list[str]: ...
+def build_info() -> dict[str, str]: ...
+def block_norms(
+    weight: NDArray[Any],
+    block_shape: tuple[int, int],
+    norms: NDArray[Any],
+    threads: int,
+) -> None: ...
+def reweight(norms: NDArray[Any], eps: float, factors: NDArray[Any]) -> None: ...
+def group_lasso_grad(
+    grad: NDArray[Any],
+    weight: NDArray[Any],
+    factors: NDArray[Any],
+    lam: float,
+    block_shape: tuple[int, int],
+    threads: int,
+) -> float: ...
+def group_lasso_prox(
+    weight: NDArray[Any],
+    thresholds: NDArray[Any],
+    block_shape: tuple[int, int],
+    threads: int,
+) -> None: ...
+def block_mask(scores: NDArray[Any], keep: int, mask: NDArray[Any]) -> None: ...
+def apply_block_mask(
+    weight: NDArray[Any],
+    mask: NDArray[Any],
+    block_shape: tuple[int, int],
+    threads: int,
+) -> None: ...
+
+class BlockSparsePattern:
+    def __init__(
+        self,
+        crow_indices: NDArray[Any],
+        col_indices: NDArray[Any],
+        shape: tuple[int, int],
+        block_shape: tuple[int, int],
+    ) -> None: ...
+    def multiply(
+        self,
+        values: int,
+        x: int,
+        tokens: int,
+        bias: int,
+        activation: int,
+        y: int,
+        threads: int,
+    ) -> None: ...
+    @property
+    def nnz(self) -> int: ...
+    def schedule(self) -> tuple[NDArray[Any], ...]: ...

@@ -1,0 +1,314 @@
+"""The block-sparse product: eager call, operator for compile and export, autograd."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _core, reference
+
+_CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
+
+# Global names: an attribute of torch costs a twentieth of a microsecond a look-up.
+_empty = torch.empty
+_float32 = torch.float32
+_get_num_threads = torch.get_num_threads
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+
+
+def check_activation(activation: str | None) -> None:
+    """Refuse the name of an activation that the kernels do not have."""
+    if activation not in _CODES:
+        raise ValueError(
+            f"activation must be one of {list(_CODES)}; got {activation!r}; "
+            "apply other activations to the result"
+        )
+
+
+def column_major_blocks(values: torch.Tensor) -> torch.Tensor:
+    """``values`` with strides ``(r*c, 1, r)``; itself when it already has them."""
+    if values.transpose(1, 2).is_contiguous():
+        return values
+    return values.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def bind_pattern(
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    values: torch.Tensor,
+    shape: tuple[int, int],
+) -> Any:
+    """Check the fields of a block-sparse matrix and return the native pattern.
+
+    The pattern keeps the index tensors' memory; they must not be written to.
+    """
+    if values.dim() != 3:
+        raise ValueError(
+            f"values must have shape (nnz, r, c); got {tuple(values.shape)}"
+        )
+    if values.dtype != torch.float32:
+        raise TypeError(
+            f"values must be float32; got {values.dtype}; call .float() first"
+        )
+    if values.shape[0] != col_indices.numel():
+        raise ValueError(
+            f"values holds {values.shape[0]} blocks and col_indices "
+            f"{col_indices.numel()} entries; they must be equal"
+        )
+    block_shape = (values.shape[1], values.shape[2])
+    return _core.BlockSparsePattern(
+        crow_indices.detach().cpu().numpy(), col_indices.detach().cpu().numpy(),
+        shape, block_shape,
+    )  # fmt: skip
+
+
+def block_sparse_linear(
+    x: Any, W: Any, bias: Any = None, activation: str | None = None
+) -> Any:
+    """``activation(x @ W.T + bias)`` for a block-sparse ``W``.
+
+    Parameters
+    ----------
+    x : float32 torch tensor or numpy array ``(..., in)``
+    W : ``BlockSparseMatrix`` or ``torch.sparse_bsr`` tensor ``(out, in)``
+        The latter is checked and copied on every call.
+    bias : ``(out,)`` of the kind of ``x``, or None
+    activation : None, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``
+
+    Returns ``(..., out)`` of the kind of ``x``. Differentiable in ``x``, ``bias`` and
+    ``W.values``; ``W``'s pattern is fixed. Works under ``inference_mode``,
+    ``torch.compile`` and ``torch.export``.
+    """
+    if type(x) is torch.Tensor and not _is_compiling() and x.is_cpu:
+        # The eager call without gradients: a few microseconds in all, most of them the
+        # allocation of y, so neither the dispatcher nor a helper stands in its way.
+        try:
+            values, pattern, (out_features, in_features) = W.values, W.pattern, W.shape
+        except AttributeError:
+            return block_sparse_linear(x, _from_bsr(W), bias, activation)
+        if x.dtype is _float32 and not (
+            _is_grad_enabled()
+            and (
+                x.requires_grad
+                or values.requires_grad
+                or (bias is not None and bias.requires_grad)
+            )
+        ):
+            shape = x.shape
+            if not shape or shape[-1] != in_features or activation not in _CODES:
+                _check_linear(x, W, bias, activation)
+            if bias is None:
+                bias_address = 0
+            else:
+                bias = _checked_bias(bias, out_features)
+                bias_address = bias.data_ptr()
+            x = x.contiguous()
+            y = _empty((*shape[:-1], out_features))
+            pattern.multiply(
+                values.data_ptr(),
+                x.data_ptr(),
+                y.numel() // out_features,
+                bias_address,
+                _CODES[activation],
+                y.data_ptr(),
+                _get_num_threads(),
+            )
+            return y
+    elif type(x).__module__ == "numpy":
+        return _block_sparse_linear_numpy(x, W, bias, activation)
+    return _block_sparse_linear_dispatched(x, W, bias, activation)
+
+
+class _Matrix(NamedTuple):
+    """What the kernel needs of a block-sparse matrix."""
+
+    shape: tuple[int, int]
+    values: torch.Tensor
+    pattern: Any
+
+
+def _from_bsr(tensor: Any) -> _Matrix:
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.sparse_bsr:
+        kind = tensor.layout if isinstance(tensor, torch.Tensor) else type(tensor)
+        raise TypeError(
+            "W must be a pybsp.BlockSparseMatrix or a torch.sparse_bsr tensor; got "
+            f"{kind}; see BlockSparseMatrix.from_dense"
+        )
+    shape = (tensor.shape[0], tensor.shape[1])
+    values = column_major_blocks(tensor.values())
+    crow_indices = tensor.crow_indices().to(torch.int32)
+    col_indices = tensor.col_indices().to(torch.int32)
+    return _Matrix(
+        shape, values, bind_pattern(crow_indices, col_indices, values, shape)
+    )
+
+
+def _check_linear(x: Any, W: Any, bias: Any, activation: str | None) -> None:
+    check_activation(activation)
+    out_features, in_features = W.shape
+    if x.ndim == 0 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and W {(out_features, in_features)}: the "
+            f"last dimension of x must be in = {in_features}"
+        )
+    if bias is not None and tuple(bias.shape) != (out_features,):
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}; it must be (out,) = ({out_features},)"
+        )
+
+
+def _checked_bias(bias: torch.Tensor, out_features: int) -> torch.Tensor:
+    if bias.shape != (out_features,):
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}; it must be (out,) = ({out_features},)"
+        )
+    if bias.dtype is not _float32:
+        raise TypeError(f"bias must be float32; got {bias.dtype}; call .float() first")
+    return bias.contiguous()
+
+
+def _block_sparse_linear_numpy(
+    x: Any, W: Any, bias: Any, activation: str | None
+) -> Any:
+    import numpy as np
+
+    W = W if hasattr(W, "pattern") else _from_bsr(W)
+    _check_linear(x, W, bias, activation)
+    if x.dtype != np.float32:
+        raise TypeError(
+            f"x must be float32; got {x.dtype}; call .astype('float32') first"
+        )
+    out_features = W.shape[0]
+    x = np.ascontiguousarray(x)
+    y = np.empty((*x.shape[:-1], out_features), np.float32)
+    if bias is not None:
+        bias = _checked_bias(torch.as_tensor(np.array(bias)), out_features)
+    W.pattern.multiply(
+        W.values.data_ptr(),
+        x.ctypes.data,
+        y.size // out_features,
+        0 if bias is None else bias.data_ptr(),
+        _CODES[activation],
+        y.ctypes.data,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _block_sparse_linear_dispatched(
+    x: Any, W: Any, bias: Any, activation: str | None
+) -> Any:
+    """Through the operator: autograd, compile, export, other devices, autocast."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(
+            f"x must be a torch tensor or numpy array; got {type(x).__name__}"
+        )
+    if isinstance(W, torch.Tensor) and W.layout == torch.sparse_bsr:
+        fields = (
+            W.values(),
+            W.crow_indices().to(torch.int32),
+            W.col_indices().to(torch.int32),
+        )
+    elif hasattr(W, "pattern"):
+        fields = (W.values, W.crow_indices, W.col_indices)
+    else:
+        _from_bsr(W)  # raises
+    return block_sparse_linear_fields(x, *fields, tuple(W.shape), bias, activation)
+
+
+def block_sparse_linear_fields(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    shape: tuple[int, int],
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """``block_sparse_linear`` on the tensors: what compile and export see."""
+    check_activation(activation)
+    if x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
+        x = x.float()
+    if x.dtype != torch.float32:
+        raise TypeError(f"x must be float32; got {x.dtype}; call .float() first")
+    if values.dtype != torch.float32:
+        raise TypeError(
+            f"values must be float32; got {values.dtype}; call .float() first"
+        )
+    if x.dim() == 0 or x.shape[-1] != shape[1]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and W {tuple(shape)}: the last dimension "
+            f"of x must be in = {shape[1]}"
+        )
+    if bias is not None:
+        bias = _checked_bias(bias, shape[0])
+    tensors = (x, values, bias)
+    fused = not torch.is_grad_enabled() or not any(
+        t is not None and t.requires_grad for t in tensors
+    )
+    y: torch.Tensor = torch.ops.pybsp.block_sparse_linear(
+        x, values, crow_indices, col_indices, bias,
+        (activation if fused else None) or "none", shape[0],
+    )  # fmt: skip
+    return y if fused else reference.ACTIVATIONS[activation](y)
+
+
+@torch.library.custom_op("pybsp::block_sparse_linear", mutates_args=())
+def _block_sparse_linear(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    out_features: int,
+) -> torch.Tensor:
+    name = None if activation == "none" else activation
+    shape = (out_features, x.shape[-1])
+    if not x.is_cpu:
+        return reference.block_sparse_linear(
+            x, crow_indices, col_indices, values, shape, bias, name
+        )
+    values = column_major_blocks(values)
+    matrix = _Matrix(
+        shape, values, bind_pattern(crow_indices, col_indices, values, shape)
+    )
+    y: torch.Tensor = block_sparse_linear(x, matrix, bias, name)
+    return y
+
+
+@_block_sparse_linear.register_fake
+def _(x: torch.Tensor, *args: Any) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], args[-1]))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
+    x, values, crow_indices, col_indices, _bias, activation, out_features = inputs
+    if activation != "none":
+        raise ValueError("gradients need the activation outside of the operator")
+    ctx.save_for_backward(x, values, crow_indices, col_indices)
+    ctx.shape = (out_features, x.shape[-1])
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    x, values, crow_indices, col_indices = ctx.saved_tensors
+    grad_x = grad_values = grad_bias = None
+    rows = grad.reshape(-1, ctx.shape[0])
+    if ctx.needs_input_grad[0]:
+        weight = reference.block_sparse_to_dense(
+            crow_indices, col_indices, values, ctx.shape
+        )
+        grad_x = grad @ weight
+    if ctx.needs_input_grad[1]:
+        grad_values = reference.gather_blocks(
+            rows.t() @ x.reshape(-1, ctx.shape[1]), crow_indices, col_indices,
+            (values.shape[1], values.shape[2]),
+        )  # fmt: skip
+    if ctx.needs_input_grad[4]:
+        grad_bias = rows.sum(0)
+    return grad_x, grad_values, None, None, grad_bias, None, None
+
+
+_block_sparse_linear.register_autograd(_backward, setup_context=_save_for_backward)

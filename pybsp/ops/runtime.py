@@ -1,0 +1,33 @@
+"""The instruction set, the threads and the build."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _core
+
+set_active_isa = _core.set_active_isa
+active_isa = _core.active_isa
+available_isas = _core.available_isas
+
+# Fails at import, not in the first layer, when PYBSP_ISA names what cannot run.
+active_isa()
+
+
+def show_config() -> None:
+    """Print the instruction sets found and used, the threads and the build."""
+    print("\n".join(f"{name:>10}: {value}" for name, value in config().items()))
+
+
+def config() -> dict[str, str]:
+    """What ``show_config`` prints."""
+    build = _core.build_info()
+    return {
+        "pybsp": build["version"],
+        "isa": f"{active_isa()} (available: {', '.join(available_isas())}; "
+        "PYBSP_ISA forces one)",
+        "threads": str(torch.get_num_threads()),
+        "compiler": build["compiler"],
+        "openmp": str(build["openmp"]),
+        "torch": torch.__version__,
+    }
