@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/module.h"
+#include "kernels/fma_peak.h"
 #include "runtime/isa.h"
 #include "runtime/threads.h"
 
@@ -17,6 +18,7 @@ void register_runtime(py::module_& module) {
     for (Isa isa : available_isas()) names.emplace_back(isa_name(isa));
     return names;
   });
+  module.def("fma_peak", &fma_peak, py::call_guard<py::gil_scoped_release>());
   module.def("build_info", [] {
     py::dict info;
     info["version"] = PYBSP_VERSION;

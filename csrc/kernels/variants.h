@@ -62,6 +62,9 @@ struct Variants {
   void (*multiply_few_tokens)(const BlockSparseView& weight, int64_t first,
                               int64_t last, const float* x, int64_t tokens,
                               const float* bias, Activation activation, float* y);
+
+  // 12 x rounds vector multiply-adds; the result only keeps them from being removed.
+  float (*fma_chains)(int64_t rounds);
 };
 
 const Variants& variants(Isa isa);

@@ -15,7 +15,14 @@ from .linear import (
     check_activation,
     column_major_blocks,
 )
-from .runtime import active_isa, available_isas, config, set_active_isa, show_config
+from .runtime import (
+    active_isa,
+    available_isas,
+    config,
+    fma_peak,
+    set_active_isa,
+    show_config,
+)
 from .training import (
     apply_block_mask_,
     block_mask,
@@ -39,6 +46,7 @@ __all__ = [
     "check_weight",
     "column_major_blocks",
     "config",
+    "fma_peak",
     "group_lasso_grad_",
     "group_lasso_prox_",
     "reweight",

@@ -9,6 +9,8 @@ from .. import _core
 set_active_isa = _core.set_active_isa
 active_isa = _core.active_isa
 available_isas = _core.available_isas
+#: Operations a second of one thread on registers alone, two for each multiply-add.
+fma_peak = _core.fma_peak
 
 # Fails at import, not in the first layer, when PYBSP_ISA names what cannot run.
 active_isa()
