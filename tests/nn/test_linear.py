@@ -1,0 +1,265 @@
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import pybsp
+from pybsp.blocks import expand_blocks
+from pybsp.nn import BlockSparseLinear
+from pybsp.nn.linear import FIELDS
+
+
+def pruned_linear(out=24, in_features=16, block_shape=(8, 1), density=0.4, bias=True):
+    torch.manual_seed(out + in_features)
+    linear = nn.Linear(in_features, out, bias)
+    grid = (out // block_shape[0], in_features // block_shape[1])
+    mask = torch.rand(grid) < density
+    mask.view(-1)[0] = True
+    mask.view(-1)[-1] = False
+    with torch.no_grad():
+        linear.weight *= expand_blocks(mask, block_shape)
+    return linear
+
+
+def assert_close(result, x, weight, bias=None, activation=None):
+    """Within the rounding of a sum of |x| |W| terms, doubled by the activation."""
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    if activation:
+        exact = pybsp.reference.ACTIVATIONS[activation](exact)
+    size = F.linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
+    bound = (x.shape[-1] + 16) * torch.finfo(torch.float32).eps * (size + 1e-6)
+    error = (result.double() - exact).abs()
+    worst = int((error / bound).argmax())
+    assert (error <= bound).all(), (
+        f"element {worst}: {result.flatten()[worst]} instead of {exact.flatten()[worst]}"
+    )
+
+
+@pytest.mark.parametrize("block_shape", [(8, 1), (1, 4), (4, 4), (24, 16), (1, 1)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_the_linear_it_was_made_from(block_shape, bias):
+    linear = pruned_linear(block_shape=block_shape, bias=bias)
+    if block_shape == (24, 16):
+        linear = nn.Linear(16, 24, bias)
+    layer = BlockSparseLinear.from_linear(linear, block_shape)
+    x = torch.randn(2, 5, 16)
+    with torch.inference_mode():
+        assert_close(layer(x), x, linear.weight, linear.bias)
+    assert torch.equal(layer.weight, linear.weight)
+    assert layer(x[:0]).shape == (0, 5, 24)
+
+
+def test_no_copy_of_the_values_is_kept():
+    layer = BlockSparseLinear.from_linear(pruned_linear(), (8, 1))
+    assert layer.matrix.values is layer.weight_values
+    assert layer.matrix is layer.matrix
+    assert layer.weight_values.stride() == (8, 1, 8) or layer.weight_values.shape[2] == 1
+
+
+def test_reads_fractions_and_refuses_shapes_that_do_not_divide():
+    layer = BlockSparseLinear.from_linear(pruned_linear(), (1, "in/4"))
+    assert layer.block_shape == (1, 4)
+    with pytest.raises(ValueError, match="does not divide"):
+        BlockSparseLinear.from_linear(pruned_linear(), (7, 1))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_activation(activation):
+    linear = pruned_linear()
+    layer = BlockSparseLinear.from_linear(linear, (8, 1), activation)
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        assert_close(layer(x), x, linear.weight, linear.bias, activation)
+    assert activation in repr(layer)
+    with pytest.raises(ValueError, match="unpack_"):
+        layer.to_linear()
+    with pytest.raises(ValueError, match="activation"):
+        BlockSparseLinear.from_linear(linear, (8, 1), "tanh")
+
+
+def test_gradients_equal_those_of_the_dense_layer_at_kept_blocks():
+    linear = pruned_linear(block_shape=(4, 2))
+    layer = BlockSparseLinear.from_linear(linear, (4, 2), "gelu")
+    x = torch.randn(6, 16, requires_grad=True)
+    twin = x.detach().clone().requires_grad_()
+    layer(x).square().sum().backward()
+    F.gelu(linear(twin)).square().sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad)
+    torch.testing.assert_close(layer.bias.grad, linear.bias.grad)
+    kept = pybsp.BlockSparseMatrix.from_mask(
+        linear.weight.grad,
+        (linear.weight.view(6, 4, 8, 2) != 0).any(3).any(1),
+        (4, 2),
+    )
+    torch.testing.assert_close(layer.weight_values.grad, kept.values)
+
+
+def test_an_optimizer_step_is_seen_by_the_next_call():
+    linear = pruned_linear()
+    layer = BlockSparseLinear.from_linear(linear, (8, 1))
+    x = torch.randn(3, 16)
+    with torch.inference_mode():
+        layer(x)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(x).sum().backward()
+    optimizer.step()
+    with torch.inference_mode():
+        assert_close(layer(x), x, layer.weight, layer.bias)
+
+
+@pytest.mark.parametrize("change", ["parameter", "data", "strides", "to", "indices"])
+def test_notices_changed_tensors(change):
+    layer = BlockSparseLinear.from_linear(pruned_linear(block_shape=(4, 2)), (4, 2))
+    x = torch.randn(3, 16)
+    with torch.inference_mode():
+        layer(x)
+    if change == "parameter":
+        layer.weight_values = nn.Parameter(layer.weight_values.detach() * 2)
+    elif change == "data":
+        layer.weight_values.data = layer.weight_values.detach() * 2
+    elif change == "strides":
+        layer.weight_values.data = layer.weight_values.detach().contiguous() * 2
+    elif change == "to":
+        layer.double().float()
+    else:
+        layer.weight_col_indices = layer.weight_col_indices.long()
+    with torch.inference_mode():
+        assert_close(layer(x), x, layer.weight, layer.bias)
+    assert layer.matrix.values is layer.weight_values
+
+
+def test_another_dtype_is_refused():
+    layer = BlockSparseLinear.from_linear(pruned_linear(), (8, 1))
+    with pytest.raises(TypeError, match="float32"):
+        layer(torch.randn(3, 16, dtype=torch.bfloat16))
+    with pytest.raises(TypeError, match="float32"):
+        layer.bfloat16()(torch.randn(3, 16))
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_independent(clone):
+    layer = BlockSparseLinear.from_linear(pruned_linear(block_shape=(4, 2)), (4, 2))
+    x = torch.randn(3, 16)
+    before = layer(x)
+    twin = clone(layer)
+    assert twin.weight_values.stride() == layer.weight_values.stride()
+    assert torch.equal(twin(x), before)
+    with torch.no_grad():
+        twin.weight_values.zero_()
+    assert torch.equal(layer(x), before)
+
+
+def test_to_linear():
+    linear = pruned_linear()
+    linear.weight.requires_grad_(False)
+    layer = BlockSparseLinear.from_linear(linear.eval(), (8, 1))
+    back = layer.to_linear()
+    assert type(back) is nn.Linear
+    assert torch.equal(back.weight, linear.weight)
+    assert torch.equal(back.bias, linear.bias)
+    assert not back.training
+    assert not back.weight.requires_grad
+    assert back.bias.requires_grad
+    assert back.pybsp_block_shape == (8, 1)
+
+
+def test_state_dict_has_bsr_names_and_loads_back():
+    layer = BlockSparseLinear.from_linear(pruned_linear(), (8, 1))
+    assert set(layer.state_dict()) == {*FIELDS, "bias"}
+    twin = BlockSparseLinear.from_linear(pruned_linear(), (8, 1))
+    with torch.no_grad():
+        twin.weight_values.mul_(3)
+    address = twin.weight_values.data_ptr()
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(twin.weight, layer.weight)
+    assert twin.weight_values.data_ptr() == address
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_dict_with_another_pattern_and_block_shape(assign):
+    source = BlockSparseLinear.from_linear(pruned_linear(block_shape=(4, 2)), (4, 2))
+    layer = BlockSparseLinear.from_linear(pruned_linear(density=0.1), (8, 1))
+    x = torch.randn(3, 16)
+    with torch.inference_mode():
+        layer(x)
+    state = {key: value.contiguous() for key, value in source.state_dict().items()}
+    state["weight_col_indices"] = state["weight_col_indices"].to(torch.int16)
+    model = nn.Sequential(layer)
+    model.load_state_dict({f"0.{k}": v for k, v in state.items()}, assign=assign)
+    assert layer.block_shape == (4, 2)
+    assert torch.equal(layer.weight, source.weight)
+    with torch.inference_mode():
+        assert_close(layer(x), x, source.weight, source.bias)
+
+
+def test_loads_a_dense_state():
+    linear = pruned_linear(density=0.7)
+    layer = BlockSparseLinear.from_linear(pruned_linear(density=0.2), (8, 1))
+    layer.load_state_dict(linear.state_dict())
+    assert torch.equal(layer.weight, linear.weight)
+
+
+@pytest.mark.parametrize(
+    ("field", "harm", "message"),
+    [
+        ("weight_col_indices", lambda t: t + 100, "col_indices"),
+        ("weight_col_indices", lambda t: -t - 1, "col_indices"),
+        ("weight_col_indices", lambda t: t.long() + 2**32, "damaged"),
+        ("weight_col_indices", lambda t: t.flip(0), "col_indices"),
+        ("weight_col_indices", lambda t: t.float(), "integers"),
+        ("weight_crow_indices", lambda t: t.flip(0), "crow_indices"),
+        ("weight_crow_indices", lambda t: t[:-1], "crow_indices"),
+        ("weight_values", lambda t: t[:-1], "values"),
+        ("weight_values", lambda t: t.flatten(), "values"),
+        ("weight_values", lambda t: t.double(), "float32"),
+        ("weight_values", lambda t: t[:, :7], "divide"),
+        ("weight_values", None, "weight_values"),
+    ],
+)
+def test_hostile_state_changes_nothing(field, harm, message):
+    layer = BlockSparseLinear.from_linear(pruned_linear(), (8, 1))
+    state = layer.state_dict()
+    before = layer.weight.detach().clone()
+    if harm is None:
+        del state[field]
+    else:
+        state[field] = harm(state[field])
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(state, strict=False)
+    assert torch.equal(layer.weight, before)
+
+
+def test_dense_state_of_another_shape_is_refused():
+    layer = BlockSparseLinear.from_linear(pruned_linear(), (8, 1))
+    with pytest.raises(RuntimeError, match=r"\(16, 16\).*\(24, 16\)"):
+        layer.load_state_dict(nn.Linear(16, 16).state_dict(), strict=False)
+
+
+def test_repr():
+    layer = BlockSparseLinear.from_linear(pruned_linear(), (8, 1))
+    assert "in_features=16, out_features=24" in repr(layer)
+    assert "block_shape=(8, 1)" in repr(layer)
+    assert f"density={layer.density:.3f}" in repr(layer)
+
+
+def test_compiles_into_one_graph():
+    linear = pruned_linear()
+    layer = BlockSparseLinear.from_linear(linear, (8, 1), "gelu").eval()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        layer(x)
+        assert_close(compiled(x), x, linear.weight, linear.bias, "gelu")
+
+
+def test_exports_with_its_parameters():
+    linear = pruned_linear()
+    layer = BlockSparseLinear.from_linear(linear, (8, 1)).eval()
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        program = torch.export.export(layer, (x,))
+        assert set(program.state_dict) == {*FIELDS, "bias"}
+        assert_close(program.module()(x), x, linear.weight, linear.bias)

@@ -1,0 +1,242 @@
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import pybsp
+from pybsp.blocks import expand_blocks
+from pybsp.costs import Cost
+from pybsp.nn import BlockSparseLinear, pack, pack_, unpack_
+
+
+def prune(linear, block_shape=(8, 1), density=0.25):
+    grid = (
+        linear.out_features // block_shape[0],
+        linear.in_features // block_shape[1],
+    )
+    mask = torch.rand(grid, generator=torch.Generator().manual_seed(7)) < density
+    with torch.no_grad():
+        linear.weight *= expand_blocks(mask, block_shape)
+    return linear
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        prune(nn.Linear(32, 64)),
+        nn.Tanh(),
+        prune(nn.Linear(64, 32), (4, 4)),
+        nn.Linear(32, 3),
+    )
+
+
+def test_packs_layers_with_zero_blocks_and_no_others():
+    model = small_model()
+    x = torch.randn(5, 32)
+    with torch.no_grad():
+        before = model(x)
+        report = pack_(model, min_gain=0)
+        torch.testing.assert_close(model(x), before)
+    assert isinstance(model[0], BlockSparseLinear)
+    assert model[0].block_shape == (8, 1)
+    assert isinstance(model[2], BlockSparseLinear)
+    assert model[2].block_shape == (4, 4)
+    assert type(model[3]) is nn.Linear
+    assert [layer.packed for layer in report.layers] == [True, True, False]
+    assert report.layers[2].reason == "no zeros"
+
+
+def test_report():
+    report = pack_(small_model(), min_gain=0)
+    text = str(report)
+    for part in ("64x32", "8x1", "4x4", "2 of 3 linear layers packed", "no zeros"):
+        assert part in text
+    record = json.loads(json.dumps(report.to_dict()))
+    assert record["layers_packed"] == 2
+    assert record["dense_bytes"] == 4 * (64 * 32 + 32 * 64 + 3 * 32)
+    first = record["layers"][0]
+    assert first["name"] == "0"
+    assert first["block_shape"] == [8, 1]
+    matrix = small_model()
+    pack_(matrix, min_gain=0)
+    packed = matrix[0].matrix.nbytes + matrix[2].matrix.nbytes + 4 * 3 * 32
+    assert report.packed_bytes == packed
+
+
+def test_stays_dense_where_packed_would_not_be_faster(monkeypatch):
+    asked = []
+
+    def cost(shape, block_shape, density, tokens):
+        asked.append((shape, block_shape, density, tokens))
+        return Cost(100.0, 50.0) if shape == (64, 32) else Cost(100.0, 80.0)
+
+    monkeypatch.setattr(pack, "linear_cost", cost)
+    model = small_model()
+    report = pack_(model, min_gain=1.5, tokens=7)
+    assert isinstance(model[0], BlockSparseLinear)
+    assert type(model[2]) is nn.Linear
+    assert [layer.gain for layer in report.layers] == [2.0, 1.25, None]
+    assert "1.25x" in report.layers[1].reason
+    assert "below 1.5x" in report.layers[1].reason
+    assert [entry[3] for entry in asked] == [7, 7]
+    assert asked[0][2] == model[0].density
+
+
+def test_no_gain_anywhere_is_a_result_and_no_error(monkeypatch):
+    monkeypatch.setattr(pack, "linear_cost", lambda *_: Cost(1.0, 2.0))
+    model = small_model()
+    assert pack_(model).packed == ()
+    assert type(model[0]) is nn.Linear
+
+
+def test_block_shape_may_be_given_or_recorded_by_the_pruner():
+    model = small_model()
+    pack_(model, block_shape=(4, 1), min_gain=0)
+    assert model[0].block_shape == model[2].block_shape == (4, 1)
+    model = small_model()
+    model[0].pybsp_block_shape = (2, 1)
+    pack_(model, min_gain=0)
+    assert model[0].block_shape == (2, 1)
+    assert model[2].block_shape == (4, 4)
+
+
+def test_block_shape_from_the_config_of_the_model():
+    model = small_model()
+    record = {"quant_method": "pybsp", "modules": {"base.0": [4, 1], "2": [2, 2]}}
+    model.config = type("Config", (), {"quantization_config": record})()
+    pack_(model, min_gain=0)
+    assert model[0].block_shape == (4, 1)
+    assert model[2].block_shape == (2, 2)
+
+
+def test_scattered_zeros_are_named_so():
+    model = nn.Sequential(prune(nn.Linear(32, 64)), nn.Linear(64, 64))
+    with torch.no_grad():
+        model[1].weight *= torch.rand(64, 64) < 0.5
+    report = pack_(model, min_gain=0)
+    assert "scattered" in report.layers[1].reason
+
+
+def test_a_shape_that_does_not_divide_leaves_that_layer_dense():
+    model = nn.Sequential(prune(nn.Linear(32, 64)), prune(nn.Linear(64, 6), (2, 1)))
+    report = pack_(model, block_shape=(8, 1), min_gain=0)
+    assert "does not divide" in report.layers[1].reason
+    assert type(model[1]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error", "message"),
+    [
+        (lambda: nn.Sequential(nn.Linear(8, 8)), {}, ValueError, "pybsp prune"),
+        (lambda: nn.Sequential(nn.Tanh()), {}, ValueError, "no nn.Linear"),
+        (small_model, {"block_shape": (64, 64)}, ValueError, "zero blocks of shape"),
+        (small_model, {"block_shape": (8, 0)}, ValueError, "positive"),
+        (small_model, {"dtype": "int8"}, ValueError, "'int8'"),
+        (small_model, {"min_gain": -1}, ValueError, "min_gain"),
+        (small_model, {"min_gain": float("nan")}, ValueError, "min_gain"),
+        (small_model, {"tokens": 0}, ValueError, "tokens"),
+        (lambda: prune(nn.Linear(8, 8)), {}, ValueError, "from_linear"),
+        (lambda: "model", {}, TypeError, "nn.Module"),
+        (lambda: small_model().half(), {}, ValueError, "float32"),
+    ],
+)
+def test_wrong_use_is_one_line_and_changes_nothing(model, options, error, message):
+    model = model()
+    before = str(model)
+    with pytest.raises(error, match=message) as caught:
+        pack_(model, **{"min_gain": 0, **options})
+    assert "\n" not in str(caught.value)
+    assert str(model) == before
+
+
+def test_nan_weights_are_refused_before_anything_changes():
+    model = small_model()
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="'2' holds NaN"):
+        pack_(model, min_gain=0)
+    assert type(model[0]) is nn.Linear
+
+
+def test_packing_again_packs_what_is_new():
+    model = small_model()
+    pack_(model, min_gain=0)
+    first = model[0]
+    prune(model[3], (1, 8), 0.5)
+    report = pack_(model, min_gain=0)
+    assert model[0] is first
+    assert isinstance(model[3], BlockSparseLinear)
+    assert [layer.packed for layer in report.layers] == [True, True, True]
+    assert "already" in report.layers[0].reason
+
+
+def test_a_module_used_twice_stays_one_module():
+    linear = prune(nn.Linear(32, 32))
+    model = nn.Sequential(linear, nn.Tanh(), linear)
+    report = pack_(model, min_gain=0)
+    assert model[0] is model[2]
+    assert len(report.layers) == 1
+    unpack_(model)
+    assert model[0] is model[2]
+    assert type(model[0]) is nn.Linear
+
+
+def test_linears_that_share_a_weight_still_share_it():
+    model = nn.Sequential(prune(nn.Linear(32, 32)), nn.Linear(32, 32))
+    model[1].weight = model[0].weight
+    pack_(model, min_gain=0)
+    assert model[0].weight_values is model[1].weight_values
+    assert model[0].bias is not model[1].bias
+
+
+def test_layers_that_cannot_be_replaced_say_why():
+    class Special(nn.Linear):
+        pass
+
+    embedding = nn.Embedding(32, 32)
+    tied = nn.Linear(32, 32)
+    tied.weight = embedding.weight
+    hooked = prune(nn.Linear(32, 32))
+    hooked.register_forward_hook(lambda *_: None)
+    model = nn.ModuleDict(
+        {
+            "embedding": embedding,
+            "tied": prune(tied),
+            "hooked": hooked,
+            "special": prune(Special(32, 32)),
+            "torch": nn.TransformerEncoderLayer(32, 4, 64, batch_first=True),
+            "plain": prune(nn.Linear(32, 32)),
+        }
+    )
+    prune(model["torch"].linear1)
+    report = pack_(model, min_gain=0)
+    reasons = {layer.name: layer.reason for layer in report.layers}
+    assert "tied" in reasons["tied"]
+    assert "hooks" in reasons["hooked"]
+    assert "Special" in reasons["special"]
+    assert "TransformerEncoderLayer" in reasons["torch.linear1"]
+    assert [layer.name for layer in report.packed] == ["plain"]
+
+
+def test_unpack_restores_the_model():
+    model = small_model()
+    original = copy.deepcopy(model)
+    assert unpack_(model) is model
+    pack_(model, min_gain=0)
+    unpack_(model)
+    assert str(model) == str(original)
+    for left, right in zip(model.parameters(), original.parameters(), strict=True):
+        assert torch.equal(left, right)
+    assert pack_(model, min_gain=0).layers[0].block_shape == (8, 1)
+
+
+def test_measured_decision_on_this_cpu():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        prune(nn.Linear(256, 512), (8, 1), 0.05), prune(nn.Linear(512, 256), (1, 1), 0.9)
+    )
+    report = pybsp.pack_(model, block_shape=(1, 1), min_gain=0.001)
+    assert all(layer.dense_us > 0 and layer.sparse_us > 0 for layer in report.layers)
+    assert all(layer.packed for layer in report.layers)
