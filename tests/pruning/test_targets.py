@@ -1,0 +1,164 @@
+"""Which layers are chosen, and what is refused before anything is touched."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+from pybsp import BlockPruningConfig
+from pybsp.pruning.targets import select_targets, unwrap_model
+
+
+def attention_layer() -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {
+            "query": nn.Linear(16, 16),
+            "key": nn.Linear(16, 16),
+            "intermediate": nn.Linear(16, 32),
+        }
+    )
+
+
+def small_model() -> nn.Module:
+    parts = OrderedDict(
+        embeddings=nn.ModuleDict(
+            {"word": nn.Embedding(9, 16), "map": nn.Linear(16, 16)}
+        ),
+        layer=nn.ModuleList([attention_layer(), attention_layer()]),
+        pooler=nn.ModuleDict({"dense": nn.Linear(16, 16)}),
+        classifier=nn.Linear(16, 2),
+    )
+    return nn.ModuleDict(parts)
+
+
+def names(model: nn.Module | None = None, **settings: object) -> list[str]:
+    cfg = BlockPruningConfig(**settings)  # type: ignore[arg-type]
+    return [target.name for target in select_targets(model or small_model(), cfg)]
+
+
+ALL = [f"layer.{i}.{part}" for i in (0, 1) for part in ("query", "key", "intermediate")]
+
+
+def test_all_linear_leaves_out_embeddings_and_heads() -> None:
+    assert names() == ALL
+
+
+def test_endings_and_expressions() -> None:
+    queries = ["layer.0.query", "layer.1.query"]
+    assert names(target_modules=["query"]) == queries
+    assert names(target_modules=r".*\.query") == queries
+    assert names(target_modules=["0.key", "query"]) == [
+        "layer.0.query",
+        "layer.0.key",
+        "layer.1.query",
+    ]
+
+
+def test_exclusions_replace_the_default_ones() -> None:
+    left = names(exclude_modules=["layer", "classifier"])
+    assert left == ["embeddings.map", "pooler.dense"]
+    assert names(exclude_modules=r"(layer\.0|embed|pool|class).*") == ALL[3:]
+    assert names(exclude_modules=(), block_shape=(1, 1))[-1] == "classifier"
+
+
+def test_a_part_of_a_name_is_no_ending() -> None:
+    with pytest.raises(ValueError, match="matches no prunable linear layer"):
+        names(target_modules=["uery"])
+
+
+def test_nothing_matched_lists_what_there_is() -> None:
+    with pytest.raises(ValueError, match="matches no prunable") as caught:
+        names(target_modules=["classifier"])
+    assert "exclude_modules=()" in str(caught.value)
+    assert "layer.0.query, layer.0.key" in str(caught.value)
+    with pytest.raises(ValueError, match=r"has no nn\.Linear"):
+        names(nn.Sequential(nn.Conv1d(2, 2, 1)))
+
+
+def test_overrides_set_shape_and_sparsity_by_glob() -> None:
+    settings = {"*.key": {"block_shape": (1, "in/4"), "target_sparsity": 0.5}}
+    cfg = BlockPruningConfig(overrides=settings)
+    found = {t.name: t for t in select_targets(small_model(), cfg)}
+    assert found["layer.1.key"].block_shape == (1, 4)
+    assert found["layer.1.key"].own_sparsity == 0.5
+    assert found["layer.1.query"].block_shape == (8, 1)
+    assert found["layer.1.query"].own_sparsity is None
+    with pytest.raises(ValueError, match=r"overrides\['\*\.value'\] matches none"):
+        names(overrides={"*.value": {"target_sparsity": 0.5}})
+
+
+def test_fractions_resolve_for_every_matrix() -> None:
+    cfg = BlockPruningConfig(block_shape=("out/2", "in/8"))
+    shapes = {t.block_shape for t in select_targets(small_model(), cfg)}
+    assert shapes == {(8, 2), (16, 2)}
+
+
+def test_a_block_shape_that_does_not_divide_names_the_module() -> None:
+    with pytest.raises(
+        ValueError, match=r"module 'layer\.0\.query': block_shape \(8, 3\)"
+    ):
+        names(block_shape=(8, 3))
+
+
+def test_a_weight_tied_to_an_embedding_is_left_out_or_refused() -> None:
+    model = small_model()
+    model["decoder"] = nn.Linear(16, 9)
+    model["decoder"].weight = model["embeddings"]["word"].weight
+    assert names(model) == ALL
+    with pytest.raises(ValueError, match="weight of 'decoder' is tied to"):
+        names(model, target_modules=["decoder"])
+
+
+def test_a_weight_shared_by_linear_layers_is_pruned_once() -> None:
+    model = small_model()
+    model["layer"][1]["key"].weight = model["layer"][0]["key"].weight
+    found = select_targets(model, BlockPruningConfig(target_modules=["key"]))
+    assert [t.name for t in found] == ["layer.0.key"]
+    assert found[0].shared_with == ("layer.1.key",)
+
+
+def test_frozen_weights_are_left_out() -> None:
+    model = small_model()
+    model["layer"][0].requires_grad_(False)
+    assert names(model) == ALL[3:]
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="every matched module has a frozen weight"):
+        names(model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value: float) -> None:
+    model = small_model()
+    with torch.no_grad():
+        model["layer"][1]["key"].weight[3, 4] = value
+    with pytest.raises(ValueError, match=r"'layer\.1\.key' has NaN or infinite"):
+        names(model)
+
+
+def test_other_dtypes_and_meta_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"is torch\.bfloat16"):
+        names(small_model().to(torch.bfloat16))
+    with pytest.raises(ValueError, match="meta device"):
+        names(small_model().to("meta"))
+
+
+def test_sharded_weights_are_refused() -> None:
+    model = small_model()
+    model["layer"][0]["key"].weight.ds_id = 3
+    with pytest.raises(ValueError, match="sharded or flattened"):
+        names(model)
+    model = small_model()
+    model["layer"][0]["key"].weight = nn.Parameter(torch.zeros(0))
+    with pytest.raises(ValueError, match="sharded or flattened"):
+        names(model)
+
+
+def test_wrappers_are_seen_through() -> None:
+    model = small_model()
+    assert unwrap_model(nn.DataParallel(model)) is model
+    compiled = nn.Module()  # what torch.compile returns, without its compiler
+    compiled._orig_mod = nn.DataParallel(model)
+    assert unwrap_model(compiled) is model
