@@ -11,6 +11,7 @@ import more of transformers than that.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from pathlib import Path
@@ -18,12 +19,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -50,10 +45,12 @@ logger = logging.getLogger(__name__)
 
 def register() -> None:
     """Make ``quant_method: "pybsp"`` known to transformers; again after a reload."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
-    AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
-    register_quantization_config(QUANT_METHOD)(BlockSparseConfig)
-    register_quantizer(QUANT_METHOD)(BlockSparseHfQuantizer)
+    # Looked up now: the module may have been imported anew.
+    registry: Any = importlib.import_module("transformers.quantizers.auto")
+    registry.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
+    registry.AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
+    registry.register_quantization_config(QUANT_METHOD)(BlockSparseConfig)
+    registry.register_quantizer(QUANT_METHOD)(BlockSparseHfQuantizer)
     pack.listeners[__name__] = follow_packing
 
 

@@ -26,7 +26,9 @@ def pruned_linear(out=24, in_features=16, block_shape=(8, 1), density=0.4, bias=
 
 def assert_close(result, x, weight, bias=None, activation=None):
     """Within the rounding of a sum of |x| |W| terms, doubled by the activation."""
-    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    exact = F.linear(
+        x.double(), weight.double(), None if bias is None else bias.double()
+    )
     if activation:
         exact = pybsp.reference.ACTIVATIONS[activation](exact)
     size = F.linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
@@ -34,7 +36,7 @@ def assert_close(result, x, weight, bias=None, activation=None):
     error = (result.double() - exact).abs()
     worst = int((error / bound).argmax())
     assert (error <= bound).all(), (
-        f"element {worst}: {result.flatten()[worst]} instead of {exact.flatten()[worst]}"
+        f"element {worst}: {result.flatten()[worst]}, not {exact.flatten()[worst]}"
     )
 
 
@@ -56,7 +58,9 @@ def test_no_copy_of_the_values_is_kept():
     layer = BlockSparseLinear.from_linear(pruned_linear(), (8, 1))
     assert layer.matrix.values is layer.weight_values
     assert layer.matrix is layer.matrix
-    assert layer.weight_values.stride() == (8, 1, 8) or layer.weight_values.shape[2] == 1
+    assert (
+        layer.weight_values.stride() == (8, 1, 8) or layer.weight_values.shape[2] == 1
+    )
 
 
 def test_reads_fractions_and_refuses_shapes_that_do_not_divide():
@@ -139,7 +143,9 @@ def test_another_dtype_is_refused():
         layer.bfloat16()(torch.randn(3, 16))
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
 def test_copies_are_independent(clone):
     layer = BlockSparseLinear.from_linear(pruned_linear(block_shape=(4, 2)), (4, 2))
     x = torch.randn(3, 16)

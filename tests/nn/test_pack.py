@@ -235,7 +235,8 @@ def test_unpack_restores_the_model():
 def test_measured_decision_on_this_cpu():
     torch.manual_seed(0)
     model = nn.Sequential(
-        prune(nn.Linear(256, 512), (8, 1), 0.05), prune(nn.Linear(512, 256), (1, 1), 0.9)
+        prune(nn.Linear(256, 512), (8, 1), 0.05),
+        prune(nn.Linear(512, 256), (1, 1), 0.9),
     )
     report = pybsp.pack_(model, block_shape=(1, 1), min_gain=0.001)
     assert all(layer.dense_us > 0 and layer.sparse_us > 0 for layer in report.layers)
