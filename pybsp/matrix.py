@@ -11,7 +11,10 @@ format is the execution format and no second copy exists.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 
 from . import ops
 from .blocks import BlockShape, BlockShapeSpec, block_view, resolve_block_shape
@@ -23,9 +26,9 @@ class BlockSparseMatrix:
 
     Parameters
     ----------
-    crow_indices : int32 tensor ``(out/r + 1,)``
+    crow_indices : int32 or int64 tensor ``(out/r + 1,)``
         Block row ``i`` owns blocks ``crow_indices[i]:crow_indices[i+1]``.
-    col_indices : int32 tensor ``(nnz,)``
+    col_indices : int32 or int64 tensor ``(nnz,)``
         Block column of every block, strictly increasing within a block row.
     values : float32 tensor ``(nnz, r, c)``
         May require grad; kept as it is when its blocks already lie column by column.
@@ -44,8 +47,8 @@ class BlockSparseMatrix:
         shape: tuple[int, int],
     ) -> None:
         self.shape = (int(shape[0]), int(shape[1]))
-        self.crow_indices = crow_indices.to(torch.int32).contiguous()
-        self.col_indices = col_indices.to(torch.int32).contiguous()
+        self.crow_indices = ops.int32_indices("crow_indices", crow_indices)
+        self.col_indices = ops.int32_indices("col_indices", col_indices)
         self.values = ops.column_major_blocks(values)
         #: The native call bound to the indices, which must not be written to.
         self.pattern = ops.bind_pattern(
@@ -77,8 +80,7 @@ class BlockSparseMatrix:
     ) -> BlockSparseMatrix:
         """Keep the blocks of ``weight`` where the ``(out/r, in/c)`` mask is True."""
         blocks = block_view(weight.detach(), block_shape)
-        crow_indices = torch.zeros(mask.shape[0] + 1, dtype=torch.int32)
-        crow_indices[1:] = mask.sum(1).cumsum(0)
+        crow_indices = F.pad(mask.sum(1).cumsum(0), (1, 0))
         row_indices, col_indices = mask.nonzero(as_tuple=True)
         values = blocks.transpose(2, 3)[row_indices, col_indices].transpose(1, 2)
         return cls(
@@ -135,6 +137,11 @@ class BlockSparseMatrix:
         """Bytes of values and indices, without the schedule derived from them."""
         fields = (self.crow_indices, self.col_indices, self.values)
         return sum(field.numel() * field.element_size() for field in fields)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The pattern is native; a copy or an unpickled matrix binds its own.
+        fields = (self.crow_indices, self.col_indices, self.values, self.shape)
+        return type(self), fields
 
     def __repr__(self) -> str:
         return (

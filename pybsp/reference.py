@@ -56,15 +56,9 @@ def group_lasso_prox_(
 ) -> torch.Tensor:
     """``W_b *= max(0, 1 - threshold / ||W_b||)``, exactly zero at and under it."""
     norms = block_norms(weight, block_shape)
-    scale = torch.where(norms > thresholds, 1.0 - thresholds / norms, 0.0)
-    weight.copy_(
-        torch.where(
-            expand_blocks(norms > thresholds, block_shape),
-            weight * expand_blocks(scale, block_shape),
-            0.0,
-        )
-    )
-    return weight
+    removed = norms <= thresholds
+    weight *= expand_blocks(1.0 - thresholds / norms, block_shape)
+    return weight.masked_fill_(expand_blocks(removed, block_shape), 0.0)
 
 
 def block_mask(scores: torch.Tensor, keep: int) -> torch.Tensor:
@@ -98,7 +92,7 @@ def block_sparse_to_dense(
     values: torch.Tensor,
     shape: tuple[int, int],
 ) -> torch.Tensor:
-    """The dense ``(out, in)`` matrix of BSR fields, ``values`` being ``(nnz, r, c)``."""
+    """The dense ``(out, in)`` matrix of BSR fields with ``values`` ``(nnz, r, c)``."""
     rows, cols = values.shape[1:]
     row_indices = block_row_indices(crow_indices, col_indices)
     blocks = values.new_zeros(shape[0] // rows, shape[1] // cols, rows, cols)

@@ -64,6 +64,7 @@ T* output(py::array& array, const char* name, py::ssize_t rank) {
 inline int64_t row_stride(const py::array& array, const char* name) {
   check_type<float>(array, name, 2);
   const py::ssize_t item = sizeof(float);
+  if (array.size() == 0) return array.shape(1);  // strides mean nothing
   const bool rows_contiguous = array.shape(1) <= 1 || array.strides(1) == item;
   const bool forward =
       array.shape(0) <= 1 ||

@@ -73,8 +73,9 @@ void block_squares(const float* weight, BlockRow shape, float* squares) {
 
 namespace {
 
+// scale - scale is +0 for a scale of zero, whatever w is, and NaN for NaN.
 inline Vec scaled(Vec w, Vec scale) {
-  return select_gt(scale, zero(), mul(w, scale), zero());
+  return select_gt(scale, zero(), mul(w, scale), sub(scale, scale));
 }
 
 // Calls body(offset, scale vector) for whole vectors and tail(offset, scale) for the
@@ -137,7 +138,7 @@ void scale_blocks(float* weight, BlockRow shape, const float* scale) {
       },
       [=](int64_t row, int64_t i, float s) {
         float* w = weight + row * shape.stride + i;
-        *w = s > 0.0f ? *w * s : 0.0f;
+        *w = s > 0.0f ? *w * s : s - s;
       });
 }
 

@@ -61,7 +61,7 @@ void group_lasso_prox(float* weight, const float* thresholds, const BlockGrid& g
     for (int64_t j = 0; j < grid.grid_cols; ++j) {
       const float norm = std::sqrt(scale[j]);
       const float threshold = thresholds[i * grid.grid_cols + j];
-      scale[j] = norm > threshold ? 1.0f - threshold / norm : 0.0f;
+      scale[j] = norm <= threshold ? 0.0f : 1.0f - threshold / norm;
     }
     isa.scale_blocks(row, block_row(grid), scale);
   });

@@ -20,7 +20,8 @@ double group_lasso_grad(float* grad, int64_t grad_stride, const float* weight,
                         const float* factors, float lam, const BlockGrid& grid,
                         int threads);
 
-// W_b *= max(0, 1 - threshold_b / ||W_b||); +0 where ||W_b|| <= threshold_b.
+// W_b *= max(0, 1 - threshold_b / ||W_b||); +0 where ||W_b|| <= threshold_b, NaN where
+// either is NaN.
 void group_lasso_prox(float* weight, const float* thresholds, const BlockGrid& grid,
                       int threads);
 

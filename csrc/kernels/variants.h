@@ -40,7 +40,7 @@ struct Variants {
   // grad += scale[j] * weight over block j.
   void (*add_scaled_blocks)(float* grad, int64_t grad_stride, const float* weight,
                             BlockRow shape, const float* scale);
-  // weight *= scale[j] over block j; +0 where scale[j] is 0.
+  // weight *= scale[j] >= 0 over block j; +0 where scale[j] is 0, NaN where it is NaN.
   void (*scale_blocks)(float* weight, BlockRow shape, const float* scale);
 
   // Transposes tokens of x, features [first, last), into tile[feature][lane]. Lanes

@@ -8,12 +8,22 @@ divide them, per-block tensors are ``(out/r, in/c)``. The number of threads is
 ``TypeError``: not a float32 tensor. ``ValueError``: a shape that does not fit.
 """
 
+try:
+    from .. import _core as _core
+except ImportError as error:
+    raise ImportError(
+        f"the compiled module pybsp._core cannot be imported ({error}); build it with "
+        "'pip install .' in the source tree (a C++17 compiler and CMake are needed), "
+        "and import the installed package from another directory"
+    ) from error
+
 from .linear import (
     bind_pattern,
     block_sparse_linear,
     block_sparse_linear_fields,
     check_activation,
     column_major_blocks,
+    int32_indices,
 )
 from .runtime import (
     active_isa,
@@ -49,6 +59,7 @@ __all__ = [
     "fma_peak",
     "group_lasso_grad_",
     "group_lasso_prox_",
+    "int32_indices",
     "reweight",
     "set_active_isa",
     "show_config",

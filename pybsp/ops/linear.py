@@ -11,11 +11,12 @@ from .. import _core, reference
 _CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
 
 # Global names: an attribute of torch costs a twentieth of a microsecond a look-up.
-_empty = torch.empty
+_cpu = torch.device("cpu")
 _float32 = torch.float32
 _get_num_threads = torch.get_num_threads
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
+_is_tracing = torch._C._is_tracing
 
 
 def check_activation(activation: str | None) -> None:
@@ -32,6 +33,21 @@ def column_major_blocks(values: torch.Tensor) -> torch.Tensor:
     if values.transpose(1, 2).is_contiguous():
         return values
     return values.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def int32_indices(name: str, indices: torch.Tensor) -> torch.Tensor:
+    """``indices`` as contiguous int32; an entry that does not fit is refused."""
+    if indices.dtype != torch.int32:
+        if indices.dtype != torch.int64:
+            raise TypeError(
+                f"{name} must be int32 or int64; got {indices.dtype}; call .int() first"
+            )
+        low, high = (int(v) for v in indices.aminmax()) if indices.numel() else (0, 0)
+        if low < 0 or high >= 2**31:
+            raise ValueError(
+                f"{name} reaches from {low} to {high}, outside of 0 to 2**31 - 1"
+            )
+    return indices.to(torch.int32).contiguous()
 
 
 def bind_pattern(
@@ -51,6 +67,12 @@ def bind_pattern(
     if values.dtype != torch.float32:
         raise TypeError(
             f"values must be float32; got {values.dtype}; call .float() first"
+        )
+    devices = {t.device for t in (crow_indices, col_indices, values)}
+    if len(devices) > 1:
+        raise ValueError(
+            "crow_indices, col_indices and values must be on one device; got "
+            f"{', '.join(sorted(map(str, devices)))}"
         )
     if values.shape[0] != col_indices.numel():
         raise ValueError(
@@ -81,7 +103,12 @@ def block_sparse_linear(
     ``W.values``; ``W``'s pattern is fixed. Works under ``inference_mode``,
     ``torch.compile`` and ``torch.export``.
     """
-    if type(x) is torch.Tensor and not _is_compiling() and x.is_cpu:
+    if (
+        type(x) is torch.Tensor
+        and x.is_cpu
+        and not _is_compiling()
+        and not _is_tracing()
+    ):
         # The eager call without gradients: a few microseconds in all, most of them the
         # allocation of y, so neither the dispatcher nor a helper stands in its way.
         try:
@@ -93,11 +120,18 @@ def block_sparse_linear(
             and (
                 x.requires_grad
                 or values.requires_grad
-                or (bias is not None and bias.requires_grad)
+                or (
+                    bias is not None and _checked_bias(bias, out_features).requires_grad
+                )
             )
         ):
             shape = x.shape
-            if not shape or shape[-1] != in_features or activation not in _CODES:
+            if (
+                not shape
+                or shape[-1] != in_features
+                or activation not in _CODES
+                or not values.is_cpu
+            ):
                 _check_linear(x, W, bias, activation)
             if bias is None:
                 bias_address = 0
@@ -105,7 +139,8 @@ def block_sparse_linear(
                 bias = _checked_bias(bias, out_features)
                 bias_address = bias.data_ptr()
             x = x.contiguous()
-            y = _empty((*shape[:-1], out_features))
+            # Not torch.empty, which follows the default dtype and device.
+            y = x.new_empty((*shape[:-1], out_features))
             pattern.multiply(
                 values.data_ptr(),
                 x.data_ptr(),
@@ -122,9 +157,11 @@ def block_sparse_linear(
 
 
 class _Matrix(NamedTuple):
-    """What the kernel needs of a block-sparse matrix."""
+    """What a call needs of a block-sparse matrix."""
 
     shape: tuple[int, int]
+    crow_indices: torch.Tensor
+    col_indices: torch.Tensor
     values: torch.Tensor
     pattern: Any
 
@@ -138,11 +175,22 @@ def _from_bsr(tensor: Any) -> _Matrix:
         )
     shape = (tensor.shape[0], tensor.shape[1])
     values = column_major_blocks(tensor.values())
-    crow_indices = tensor.crow_indices().to(torch.int32)
-    col_indices = tensor.col_indices().to(torch.int32)
-    return _Matrix(
-        shape, values, bind_pattern(crow_indices, col_indices, values, shape)
+    return _matrix(
+        int32_indices("crow_indices", tensor.crow_indices()),
+        int32_indices("col_indices", tensor.col_indices()),
+        values,
+        shape,
     )
+
+
+def _matrix(
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    values: torch.Tensor,
+    shape: tuple[int, int],
+) -> _Matrix:
+    pattern = bind_pattern(crow_indices, col_indices, values, shape)
+    return _Matrix(shape, crow_indices, col_indices, values, pattern)
 
 
 def _check_linear(x: Any, W: Any, bias: Any, activation: str | None) -> None:
@@ -153,19 +201,31 @@ def _check_linear(x: Any, W: Any, bias: Any, activation: str | None) -> None:
             f"x has shape {tuple(x.shape)} and W {(out_features, in_features)}: the "
             f"last dimension of x must be in = {in_features}"
         )
+    if not W.values.is_cpu:
+        raise ValueError(
+            f"x is on the CPU and W on {W.values.device}; move one of them"
+        )
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise ValueError(
             f"bias has shape {tuple(bias.shape)}; it must be (out,) = ({out_features},)"
         )
 
 
-def _checked_bias(bias: torch.Tensor, out_features: int) -> torch.Tensor:
+def _checked_bias(bias: Any, out_features: int, device: Any = _cpu) -> torch.Tensor:
+    if not isinstance(bias, torch.Tensor):
+        raise TypeError(
+            f"bias must be of the kind of x, a torch tensor; got {type(bias).__name__}"
+        )
     if bias.shape != (out_features,):
         raise ValueError(
             f"bias has shape {tuple(bias.shape)}; it must be (out,) = ({out_features},)"
         )
     if bias.dtype is not _float32:
         raise TypeError(f"bias must be float32; got {bias.dtype}; call .float() first")
+    if bias.device != device:
+        raise ValueError(
+            f"bias is on {bias.device} and x on {device}; move one of them"
+        )
     return bias.contiguous()
 
 
@@ -175,6 +235,10 @@ def _block_sparse_linear_numpy(
     import numpy as np
 
     W = W if hasattr(W, "pattern") else _from_bsr(W)
+    if bias is not None and type(bias).__module__ != "numpy":
+        raise TypeError(
+            f"bias must be of the kind of x, a numpy array; got {type(bias).__name__}"
+        )
     _check_linear(x, W, bias, activation)
     if x.dtype != np.float32:
         raise TypeError(
@@ -205,17 +269,10 @@ def _block_sparse_linear_dispatched(
         raise TypeError(
             f"x must be a torch tensor or numpy array; got {type(x).__name__}"
         )
-    if isinstance(W, torch.Tensor) and W.layout == torch.sparse_bsr:
-        fields = (
-            W.values(),
-            W.crow_indices().to(torch.int32),
-            W.col_indices().to(torch.int32),
-        )
-    elif hasattr(W, "pattern"):
-        fields = (W.values, W.crow_indices, W.col_indices)
-    else:
-        _from_bsr(W)  # raises
-    return block_sparse_linear_fields(x, *fields, tuple(W.shape), bias, activation)
+    W = W if hasattr(W, "pattern") else _from_bsr(W)
+    return block_sparse_linear_fields(
+        x, W.values, W.crow_indices, W.col_indices, W.shape, bias, activation
+    )
 
 
 def block_sparse_linear_fields(
@@ -243,7 +300,7 @@ def block_sparse_linear_fields(
             f"of x must be in = {shape[1]}"
         )
     if bias is not None:
-        bias = _checked_bias(bias, shape[0])
+        bias = _checked_bias(bias, shape[0], x.device)
     tensors = (x, values, bias)
     fused = not torch.is_grad_enabled() or not any(
         t is not None and t.requires_grad for t in tensors
@@ -272,9 +329,7 @@ def _block_sparse_linear(
             x, crow_indices, col_indices, values, shape, bias, name
         )
     values = column_major_blocks(values)
-    matrix = _Matrix(
-        shape, values, bind_pattern(crow_indices, col_indices, values, shape)
-    )
+    matrix = _matrix(crow_indices, col_indices, values, shape)
     y: torch.Tensor = block_sparse_linear(x, matrix, bias, name)
     return y
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def block_norms(weight: torch.Tensor, block_shape: BlockShape) -> torch.Tensor:
     grid = grid_shape(weight.shape, block_shape)
     if not weight.is_cpu:
         return reference.block_norms(weight.detach(), block_shape)
-    norms = torch.empty(grid)
+    norms = torch.empty(grid, dtype=torch.float32, device="cpu")
     threads = torch.get_num_threads()
     _core.block_norms(_rows(weight), block_shape, norms.numpy(), threads)
     return norms
@@ -115,14 +116,16 @@ def group_lasso_grad_(
         return reference.group_lasso_grad_(
             grad, weight.detach(), factors, lam, block_shape
         )
-    return _core.group_lasso_grad(
+    penalty = _core.group_lasso_grad(
         grad.detach().numpy(),
         _rows(weight),
-        factors.float().contiguous().numpy(),
+        factors.detach().float().contiguous().numpy(),
         lam,
         block_shape,
         torch.get_num_threads(),
     )
+    torch.autograd.graph.increment_version(grad)
+    return penalty
 
 
 def group_lasso_prox_(
@@ -130,7 +133,8 @@ def group_lasso_prox_(
 ) -> torch.Tensor:
     """Block soft-threshold in place: ``W_b *= max(0, 1 - threshold / ||W_b||)``.
 
-    Blocks with ``||W_b|| <= threshold`` become exactly zero. Returns ``weight``.
+    Blocks with ``||W_b|| <= threshold`` become exactly zero, blocks with a NaN stay
+    NaN. Returns ``weight``.
     Source: Yuan & Lin 2006, the proximal operator of the group Lasso.
     """
     check_weight(weight)
@@ -140,7 +144,7 @@ def group_lasso_prox_(
         return reference.group_lasso_prox_(weight, thresholds, block_shape)
     _core.group_lasso_prox(
         weight.detach().numpy(),
-        thresholds.float().contiguous().numpy(),
+        thresholds.detach().float().contiguous().numpy(),
         block_shape,
         torch.get_num_threads(),
     )
@@ -153,16 +157,17 @@ def block_mask(scores: torch.Tensor, keep: int) -> torch.Tensor:
 
     Of equal scores the first in row-major order stay. NaN is refused.
     """
+    keep = operator.index(keep)
     if not 0 <= keep <= scores.numel():
         raise ValueError(
             f"keep must lie between 0 and the {scores.numel()} blocks; got {keep}"
         )
     if scores.isnan().any():
         raise ValueError("scores hold NaN; blocks cannot be ranked: check the weights")
-    if not scores.is_cpu:
+    if not scores.is_cpu or scores.dtype != torch.float32:
         return reference.block_mask(scores, keep)
-    mask = torch.empty(scores.shape, dtype=torch.bool)
-    flat = scores.detach().float().contiguous().view(-1)
+    mask = torch.empty(scores.shape, dtype=torch.bool, device="cpu")
+    flat = scores.detach().contiguous().view(-1)
     _core.block_mask(flat.numpy(), keep, mask.view(-1).numpy())
     return mask
 
