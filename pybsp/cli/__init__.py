@@ -1,0 +1,1 @@
+"""The ``pybsp`` command: one module a command, shared parts beside them."""

@@ -1,0 +1,100 @@
+"""Opening a pruned checkpoint folder, dense or packed, of any transformers class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..blocks import BlockShape, check_block_shape
+from .errors import UsageError, WorkError, one_line
+from .models import quiet
+from .workspace import read_json
+
+CONFIG = "config.json"
+DENSE_FILE = "model.safetensors"
+PACKED_FILE = "model.pybsp.safetensors"
+
+
+def checked_folder(folder: Path) -> Path:
+    """``folder`` when it can be a checkpoint, else ``UsageError``."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a directory")
+    if not (folder / CONFIG).is_file():
+        raise UsageError(f"{folder} has no {CONFIG}: no transformers model lies there")
+    return folder
+
+
+def sparsity_record(folder: Path) -> dict[str, Any] | None:
+    """pybsp's entry in ``config.json``; None when there is none."""
+    record = read_json(folder / CONFIG).get("quantization_config")
+    if not isinstance(record, dict) or record.get("quant_method") != "pybsp":
+        return None
+    return record
+
+
+def recorded_modules(record: Mapping[str, Any] | None) -> dict[str, BlockShape]:
+    """Block shape by module name; ``WorkError`` when the record is malformed."""
+    modules = (record or {}).get("modules") or {}
+    try:
+        return {name: check_block_shape(shape) for name, shape in modules.items()}
+    except (ValueError, AttributeError) as error:
+        raise WorkError(
+            f"the pybsp record in {CONFIG} is damaged: {one_line(error)}"
+        ) from None
+
+
+def load(folder: Path) -> Any:
+    """The model as users get it: packed when the folder says so."""
+    return _load(folder)
+
+
+def load_dense(folder: Path) -> Any:
+    """The model with dense layers, whose recorded block shapes are set.
+
+    Raises ``WorkError`` when the folder has only packed weights.
+    """
+    from transformers import AutoConfig
+
+    record = sparsity_record(folder)
+    if record is not None and not has_dense_file(folder):
+        raise WorkError(f"{folder} has no dense weights ({DENSE_FILE})")
+    quiet()
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise WorkError(f"cannot read {folder / CONFIG}: {one_line(error)}") from error
+    if record is not None:
+        del config.quantization_config
+    model = _load(folder, config=config)
+    for name, shape in recorded_modules(record).items():
+        try:
+            model.get_submodule(name).pybsp_block_shape = shape
+        except AttributeError:
+            raise WorkError(
+                f"the pybsp record names '{name}', which {type(model).__name__} has not"
+            ) from None
+    return model
+
+
+def has_dense_file(folder: Path) -> bool:
+    """Whether weights that load without pybsp lie in ``folder``."""
+    from ..integrations.packed_file import dense_files
+
+    return bool(dense_files(folder))
+
+
+def _load(folder: Path, **options: Any) -> Any:
+    quiet()
+    import torch
+    import transformers
+    from safetensors import SafetensorError
+
+    names = read_json(folder / CONFIG).get("architectures") or ["AutoModel"]
+    model_class = getattr(transformers, str(names[0]), transformers.AutoModel)
+    try:
+        return model_class.from_pretrained(
+            folder, dtype=torch.float32, **options
+        ).eval()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise WorkError(f"cannot load {folder}: {one_line(error)}") from error

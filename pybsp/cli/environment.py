@@ -1,0 +1,66 @@
+"""What a measurement ran on: versions, processor, threads."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("pybsp", "torch", "transformers", "tokenizers", "numpy", "onnxruntime")
+
+
+def describe() -> dict[str, Any]:
+    """Everything that a number in ``results.json`` depends on besides its options."""
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": available_cores(),
+        "isa": isa(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def version_line() -> str:
+    found = versions()
+    rest = ", ".join(
+        f"{name} {number}" for name, number in found.items() if name != "pybsp"
+    )
+    return f"pybsp {found.get('pybsp', 'unknown')} ({rest}; isa {isa()})"
+
+
+def cpu_name() -> str:
+    """The processor's model name, as the system tells it."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def available_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    from .. import ops
+
+    return ops.active_isa()

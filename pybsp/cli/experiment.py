@@ -1,0 +1,334 @@
+"""One pruning experiment from a pretrained model to a packed, measured checkpoint.
+
+Stages, each recorded in the workspace when it is done: fine-tune dense; prune and
+retrain in one Trainer run, evaluating right after the cut; pack, reload, compare and
+time; write the folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Trainer
+
+from ..integrations.trainer import STATE_NAME, BlockPruningCallback
+from ..pruning import BlockPruner, BlockPruningConfig, model_sparsity
+from . import environment, measurement, metrics, reporting
+from .after_cut import AFTER_CUT, NORMS, WatchCut
+from .distillation import DistillingTrainer, add_teacher_logits
+from .errors import WorkError
+from .glue import TaskData
+from .model_card import model_card
+from .models import load_classifier
+from .training import TRAINER_STATE, Features, Fit, encode, fit, predict
+from .workspace import RESULTS, Workspace, copy_folder, write_json
+
+PICTURE = "kept_blocks.png"
+HISTOGRAM = "block_norms.png"
+#: Dev examples on which the packed model is compared with the dense one.
+COMPARED = 256
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the two runs train and what is measured; the same optimizer for both.
+
+    ``distill`` is the weight of the dense model's outputs in the loss of the pruning
+    run. ``checkpoints`` are written per run, for resuming; ``seconds`` is spent timing.
+    """
+
+    epochs_dense: float
+    epochs: float
+    dense_learning_rate: float
+    learning_rate: float
+    batch_size: int
+    max_length: int
+    seed: int
+    distill: float
+    checkpoints: int = 6
+    sequence: int = 128
+    seconds: float = 6.0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is pruned: its name for people, and how to get a fresh copy.
+
+    ``dense`` names a checkpoint that is fine-tuned already.
+    """
+
+    name: str
+    load: Callable[[], tuple[Any, Any]]
+    dense: Path | None = None
+
+
+class Experiment:
+    """Runs the stages; ``run()`` returns what ``results.json`` holds."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        data: TaskData,
+        config: BlockPruningConfig,
+        recipe: Recipe,
+        workspace: Workspace,
+        command: str,
+    ) -> None:
+        self.subject = subject
+        self.data = data
+        self.config = config
+        self.recipe = recipe
+        self.workspace = workspace
+        self.command = command
+
+    def run(self, save_dense: Path | None = None) -> dict[str, Any]:
+        """All stages that are not done yet, then the finished folder."""
+        dense = self.dense()
+        if save_dense is not None:
+            copy_folder(dense, save_dense)
+        pruned = self.pruned(dense)
+        measured = self.workspace.once("measure", lambda: self.measure(pruned))
+        results = self.results(measured)
+        self.write(pruned, results)
+        self.workspace.publish(pruned)
+        return results
+
+    # Stages
+
+    def dense(self) -> Path:
+        """Fine-tune, or take the given checkpoint; evaluates it either way."""
+        folder = self.subject.dense or self.workspace.folder / "dense"
+
+        def work() -> dict[str, Any]:
+            started = time.perf_counter()
+            torch.manual_seed(self.recipe.seed)
+            model, tokenizer = self.subject.load()
+            if self.subject.dense is None:
+                self.check_config(model)
+                fit(
+                    model, self.encode(tokenizer, train=True), tokenizer,
+                    self.fit_settings("dense"), self.workspace.folder / "dense_run",
+                )  # fmt: skip
+                name_labels(model, self.data)
+                self.workspace.write_folder(
+                    "dense",
+                    lambda part: (
+                        model.save_pretrained(part),
+                        tokenizer.save_pretrained(part),
+                    ),
+                )
+            return {
+                "scores": self.score(model, tokenizer),
+                "seconds": round(time.perf_counter() - started, 1),
+            }
+
+        self.workspace.once("dense", work)
+        return folder
+
+    def pruned(self, dense: Path) -> Path:
+        """Prune and retrain; the folder holds the checkpoint, packed and dense."""
+        folder = self.workspace.folder / "pruned"
+
+        def work() -> dict[str, Any]:
+            from ..integrations.save import save_packed
+
+            started = time.perf_counter()
+            model, tokenizer = load_classifier(str(dense), self.data.task.outputs)
+            self.workspace.once(
+                "magnitude_cut", lambda: self.magnitude_cut(model, tokenizer)
+            )
+            features, options = self.pruning_features(model, tokenizer)
+            pruning = BlockPruningCallback(self.config, restart_learning_rate=True)
+            torch.manual_seed(self.recipe.seed)
+            fit(
+                model, features, tokenizer, self.fit_settings("pruning"),
+                self.workspace.folder / "pruning_run",
+                callbacks=[
+                    pruning,
+                    WatchCut(
+                        pruning, self.workspace, lambda m: self.score(m, tokenizer)
+                    ),
+                ],
+                whole=(TRAINER_STATE, STATE_NAME), **options,
+            )  # fmt: skip
+            model.add_model_tags(["pybsp", "block-sparse"])
+            self.workspace.write_folder(
+                "pruned",
+                lambda part: (
+                    save_packed(model, part),
+                    tokenizer.save_pretrained(part),
+                ),
+            )
+            return {
+                "scores": self.score(model, tokenizer),
+                "seconds": round(time.perf_counter() - started, 1),
+                **self.count(model),
+            }
+
+        self.workspace.once("pruned", work)
+        return folder
+
+    def count(self, model: PreTrainedModel) -> dict[str, Any]:
+        """The pruned layers and the sparsity over them."""
+        sparsity = model_sparsity(model)
+        weights = sum(layer.weights for layer in sparsity.pruned_layers)
+        zeros = sum(layer.zeros for layer in sparsity.pruned_layers)
+        layers = reporting.layers(sparsity)
+        return {
+            "layers": layers,
+            "sparsity": {
+                "target": self.config.target_sparsity,
+                "reached": round(zeros / weights, 6),
+                "counted": f"the {weights:,} weights of {len(layers)} linear layers",
+                "weights": weights,
+                "parameters": sparsity.parameters,
+                "of_all_parameters": round(zeros / sparsity.parameters, 6),
+            },
+        }
+
+    def magnitude_cut(self, model: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:
+        """Scores of the dense model cut by block norms alone, with no training."""
+        cut = copy.deepcopy(model)
+        BlockPruner(cut, self.config, total_steps=1000).cut()
+        return {"scores": self.score(cut, tokenizer)}
+
+    def measure(self, folder: Path) -> dict[str, Any]:
+        """Reload packed, compare with the dense form, weigh and time both."""
+        outputs = self.data.task.outputs
+        packed, tokenizer = load_classifier(str(folder), outputs)
+        dense = copy.deepcopy(packed).dequantize()
+        layers = self.workspace.stages["pruned"]["layers"]
+        features = self.encode(tokenizer, train=False)[:COMPARED]
+        agreement = measurement.agreement(
+            predict(dense, features, tokenizer),
+            predict(packed, features, tokenizer),
+            [row["shape"][1] for row in layers],
+        )
+        if not agreement["agree"]:
+            raise WorkError(
+                "the packed model differs from the dense one by "
+                f"{agreement['max_difference']:.3g}, more than "
+                f"{agreement['tolerance']:.3g}"
+            )
+        return {
+            "agreement": agreement,
+            "scores": self.score(packed, tokenizer),
+            "files": measurement.file_sizes(folder, [row["name"] for row in layers]),
+            "latency": measurement.latency(
+                dense, packed, batch=1, sequence=self.recipe.sequence, threads=1,
+                seconds=self.recipe.seconds,
+            ),
+            "architecture": type(packed).__name__,
+        }  # fmt: skip
+
+    # Parts
+
+    def check_config(self, model: PreTrainedModel) -> None:
+        """Refuse what cannot be pruned before hours of fine-tuning, not after."""
+        BlockPruner(model, self.config, total_steps=1000)
+
+    def encode(self, tokenizer: Any, *, train: bool) -> Features:
+        split = self.data.train if train else self.data.dev
+        classes = not self.data.task.is_regression
+        return encode(tokenizer, split, self.recipe.max_length, classes=classes)
+
+    def score(self, model: Any, tokenizer: Any) -> dict[str, float]:
+        logits = predict(model, self.encode(tokenizer, train=False), tokenizer)
+        return metrics.score(self.data.task.metrics, self.data.dev.labels, logits)
+
+    def pruning_features(
+        self, model: PreTrainedModel, tokenizer: Any
+    ) -> tuple[Features, dict[str, Any]]:
+        features = self.encode(tokenizer, train=True)
+        if not self.recipe.distill:
+            return features, {"trainer_class": Trainer}
+        taught = add_teacher_logits(features, model, tokenizer)
+        return taught, {
+            "trainer_class": DistillingTrainer,
+            "weight": self.recipe.distill,
+        }
+
+    def fit_settings(self, run: str) -> Fit:
+        recipe = self.recipe
+        is_dense = run == "dense"
+        return Fit(
+            epochs=recipe.epochs_dense if is_dense else recipe.epochs,
+            learning_rate=(
+                recipe.dense_learning_rate if is_dense else recipe.learning_rate
+            ),
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            checkpoints=recipe.checkpoints,
+            title="fine-tuning the dense model"
+            if is_dense
+            else "pruning and retraining",
+        )
+
+    def results(self, measured: Mapping[str, Any]) -> dict[str, Any]:
+        """Everything for ``results.json``, from the recorded stages."""
+        stages, task = self.workspace.stages, self.data.task
+        scores = {
+            name: stages[stage]["scores"]
+            for name, stage in (
+                ("dense", "dense"),
+                ("magnitude_cut", "magnitude_cut"),
+                ("after_cut", AFTER_CUT),
+                ("final", "pruned"),
+                ("packed", "measure"),
+            )
+        }
+        name = self.subject.name
+        return {
+            "format": 1,
+            "title": f"{name}, {task.name}, {100 * self.config.target_sparsity:.0f} % "
+            f"block-sparse ({' x '.join(map(str, self.config.block_shape))})",
+            "command": self.command,
+            "options": self.workspace.options,
+            "config": self.config.to_dict(),
+            "recipe": asdict(self.recipe),
+            "environment": environment.describe(),
+            "model": {"name": name, "architecture": measured["architecture"]},
+            "task": {
+                "name": task.name,
+                "source": self.data.source,
+                "metrics": list(task.metrics),
+                "train_examples": len(self.data.train),
+                "dev_examples": len(self.data.dev),
+            },
+            "metric": task.metrics[0],
+            "scores": scores,
+            "block_norms": stages[NORMS],
+            "seconds": {
+                "dense": stages["dense"]["seconds"],
+                "pruning": stages["pruned"]["seconds"],
+            },
+            "sparsity": stages["pruned"]["sparsity"],
+            **{key: measured[key] for key in ("files", "latency", "agreement")},
+            "layers": stages["pruned"]["layers"],
+        }
+
+    def write(self, folder: Path, results: dict[str, Any]) -> None:
+        """Pictures, card and numbers into the checkpoint's folder; results last."""
+        model, _ = load_classifier(str(folder), self.data.task.outputs)
+        shapes = {
+            row["name"]: (row["block_shape"][0], row["block_shape"][1])
+            for row in results["layers"]
+        }
+        kept = reporting.kept_blocks(model.dequantize(), shapes)
+        reporting.save_kept_blocks(kept, folder / PICTURE, results["title"])
+        reporting.save_norm_histograms(results["block_norms"], folder / HISTOGRAM)
+        (folder / "README.md").write_text(model_card(results), encoding="utf-8")
+        write_json(folder / RESULTS, results)
+
+
+def name_labels(model: PreTrainedModel, data: TaskData) -> None:
+    """Put the task's class names where pipelines look for them."""
+    if data.task.labels:
+        model.config.id2label = dict(enumerate(data.task.labels))
+        model.config.label2id = {name: i for i, name in enumerate(data.task.labels)}

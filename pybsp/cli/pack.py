@@ -1,0 +1,59 @@
+"""``pybsp pack``: a checkpoint with blocks of zeros gets its packed file."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from . import checkpoints
+from .arguments import block_shape
+from .errors import UsageError, WorkError, one_line
+from .main import Result
+
+#: Written by ``save_packed`` itself; everything else beside them is copied.
+WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", checkpoints.CONFIG)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR",
+        help="a transformers checkpoint whose linear layers hold blocks of zeros",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="new directory for a packed copy (default: add the packed file to DIR)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--block-shape", type=block_shape, metavar="OUT,IN",
+        help="blocks of every layer (default: as recorded, else found in the zeros)",
+    )  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> Result:
+    folder = checkpoints.checked_folder(arguments.folder)
+    out = arguments.out or folder
+    taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if arguments.out is not None and taken:
+        raise UsageError(f"--out {out} exists and is not an empty directory")
+    from ..integrations.save import save_packed
+    from ..nn.pack import pack_
+
+    model = checkpoints.load_dense(folder)
+    try:
+        report = pack_(model, arguments.block_shape, min_gain=0, fuse=False)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file = save_packed(model, out)
+    except ValueError as error:
+        raise WorkError(f"{folder} cannot be packed: {one_line(error)}") from error
+    if out != folder:
+        skipped = shutil.ignore_patterns(*WEIGHTS)
+        shutil.copytree(folder, out, ignore=skipped, dirs_exist_ok=True)
+    dense = out / checkpoints.DENSE_FILE
+    sizes = {
+        name: path.stat().st_size
+        for name, path in (("dense_file_bytes", dense), ("packed_file_bytes", file))
+        if path.is_file()
+    }
+    data = {"folder": str(out), **sizes, "report": report.to_dict()}
+    return Result(data, [report, f"Wrote {file}. Next: pybsp bench {out}"])

@@ -1,0 +1,221 @@
+"""Fine-tuning and prediction with the Hugging Face Trainer, quiet and resumable."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from .errors import WorkError
+from .glue import Split
+
+Features: TypeAlias = list[dict[str, Any]]
+TRAINER_STATE = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One Trainer run: its length, learning rate and bookkeeping.
+
+    ``stable`` is the fraction of the run that keeps the full learning rate before it
+    falls to zero; 0 is the usual linear decay.
+    """
+
+    epochs: float
+    learning_rate: float
+    batch_size: int
+    seed: int
+    stable: float = 0.0
+    warmup: float = 0.06
+    checkpoints: int = 6
+    title: str = "training"
+
+
+@dataclass
+class ProgressBar(TrainerCallback):
+    """A bar on stderr; a line every half minute when that is no terminal."""
+
+    title: str
+    bar: Any = field(default=None, init=False)
+
+    def on_train_begin(self, *event: Any, **_details: Any) -> None:
+        state = event[1]
+        self.bar = progress(total=state.max_steps, title=self.title)
+        self.bar.update(state.global_step)
+
+    def on_step_end(self, *event: Any, **_details: Any) -> None:
+        state = event[1]
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, *_event: Any, **kwargs: Any) -> None:
+        logs = kwargs.get("logs") or {}
+        if "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+
+    def on_train_end(self, *_event: Any, **_details: Any) -> None:
+        self.bar.close()
+
+
+def progress(total: int, title: str) -> Any:
+    """A tqdm bar on stderr that does not flood a log file."""
+    interval = 0.2 if sys.stderr.isatty() else 30.0
+    return tqdm(
+        total=total, desc=title, file=sys.stderr, mininterval=interval,
+        maxinterval=60.0, dynamic_ncols=sys.stderr.isatty(), leave=True,
+    )  # fmt: skip
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, split: Split, max_length: int, *, classes: bool
+) -> Features:
+    """Token ids of every example, unpadded, with its label under ``labels``."""
+    columns = [list(column) for column in zip(*split.texts, strict=True)]
+    encoded = tokenizer(*columns, truncation=True, max_length=max_length)
+    names = list(encoded.keys())
+    return [
+        {name: encoded[name][row] for name in names}
+        | {"labels": int(label) if classes else float(label)}
+        for row, label in enumerate(split.labels)
+    ]
+
+
+def predict(
+    model: torch.nn.Module,
+    features: Features,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 64,
+) -> NDArray[np.float32]:
+    """Logits ``(examples, outputs)`` in the order of ``features``.
+
+    Batches hold examples of like length. The mode of ``model`` is restored.
+    """
+    collate = DataCollatorWithPadding(tokenizer)
+    order = sorted(
+        range(len(features)), key=lambda row: len(features[row]["input_ids"])
+    )
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    found: list[NDArray[np.float32]] = []
+    with torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = collate(
+                [
+                    {k: v for k, v in features[row].items() if k != "labels"}
+                    for row in rows
+                ]
+            )
+            inputs = {name: value.to(device) for name, value in batch.items()}
+            logits = model(**inputs).logits
+            found.append(logits.float().cpu().numpy())
+    model.train(was_training)
+    logits = np.concatenate(found)
+    in_order = np.empty_like(logits)
+    in_order[order] = logits
+    return in_order
+
+
+def fit(
+    model: PreTrainedModel,
+    features: Features,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Fit,
+    folder: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+    whole: Sequence[str] = (TRAINER_STATE,),
+    trainer_class: type[Trainer] = Trainer,
+    **trainer_options: Any,
+) -> None:
+    """Train ``model`` in place, from the newest whole checkpoint in ``folder`` if any.
+
+    A checkpoint is whole when it has every file in ``whole``.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        weight_decay=0.01,
+        warmup_steps=settings.warmup,
+        train_sampling_strategy="group_by_length",
+        logging_steps=20,
+        save_strategy="steps" if settings.checkpoints else "no",
+        save_steps=1 / (settings.checkpoints + 1),
+        save_total_limit=2,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        **_schedule(settings, len(features)),
+    )
+    trainer = trainer_class(
+        model=model,
+        args=arguments,
+        train_dataset=features,  # type: ignore[arg-type, unused-ignore]
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        callbacks=[*callbacks, ProgressBar(settings.title)],
+        **trainer_options,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder, whole))
+    check_finite(model.named_parameters())
+
+
+def last_checkpoint(folder: Path, whole: Sequence[str]) -> str | None:
+    """The newest checkpoint that has every file in ``whole``; newer ones are removed.
+
+    These files are written last: without them the run was stopped in between.
+    """
+    while folder.is_dir():
+        found = get_last_checkpoint(str(folder))  # type: ignore[no-untyped-call]
+        if found is None:
+            break
+        if all((Path(found) / name).is_file() for name in whole):
+            return str(found)
+        shutil.rmtree(found)
+    return None
+
+
+def check_finite(parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
+    for name, parameter in parameters:
+        if not torch.isfinite(parameter).all():
+            raise WorkError(
+                f"training diverged: {name} holds NaN or infinite values; "
+                "use a lower --lr"
+            )
+
+
+def _schedule(settings: Fit, examples: int) -> dict[str, Any]:
+    if not settings.stable:
+        return {"lr_scheduler_type": "linear"}
+    steps_an_epoch = -(-examples // settings.batch_size)
+    steps = max(1, round(steps_an_epoch * settings.epochs))
+    return {
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {
+            "num_decay_steps": max(1, round(steps * (1 - settings.stable))),
+            "decay_type": "linear",
+        },
+    }

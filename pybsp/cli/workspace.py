@@ -1,0 +1,151 @@
+"""Where a long run keeps its state, so that it can be stopped and continued.
+
+The work of ``OUT`` lies beside it in ``OUT.work``: ``run.json`` holds the options and
+the results of finished stages. ``OUT`` appears in one rename when all is done.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from .errors import UsageError, WorkError
+
+RUN = "run.json"
+RESULTS = "results.json"
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write beside ``path``, then rename: the file is either old or new, never half."""
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(
+        json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    beside.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError):
+        raise WorkError(f"{path} is not JSON: it is damaged or not pybsp's") from None
+    if not isinstance(data, dict):
+        raise WorkError(f"{path} holds no JSON object: it is damaged or not pybsp's")
+    return data
+
+
+def finished_results(out: Path, options: dict[str, Any], *, resume: bool) -> Any:
+    """Results of a finished run of the same options, or None when ``out`` is free.
+
+    Raises ``UsageError`` when ``out`` holds anything else.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not out.is_dir():
+        raise UsageError(f"--out {out} is a file; name a directory")
+    if resume and (out / RESULTS).is_file():
+        results = read_json(out / RESULTS)
+        check_same_options(results.get("options", {}), options, out)
+        return results
+    raise UsageError(
+        f"--out {out} exists and is not empty; remove it or choose another directory"
+    )
+
+
+def check_same_options(old: dict[str, Any], new: dict[str, Any], place: Path) -> None:
+    changed = [key for key in new if old.get(key) != new[key]]
+    if changed:
+        key = changed[0]
+        raise UsageError(
+            f"{place} belongs to a run with other options ({key}: "
+            f"{old.get(key)!r} there, {new[key]!r} here); use the same options or "
+            "another --out"
+        )
+
+
+class Workspace:
+    """The folder of a run in progress; a context manager that holds its lock."""
+
+    def __init__(self, out: Path, options: dict[str, Any], *, resume: bool) -> None:
+        self.out = out
+        self.folder = out.with_name(out.name + ".work")
+        self.options = options
+        self.resume = resume
+        self.stages: dict[str, dict[str, Any]] = {}
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> Workspace:
+        run = self.folder / RUN
+        if self.folder.exists() and not self.resume and run.exists():
+            raise UsageError(
+                f"an unfinished run lies in {self.folder}: continue it with --resume, "
+                "or remove it"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise WorkError(f"another process is working in {self.folder}") from None
+        try:
+            if run.exists():
+                state = read_json(run)
+                check_same_options(state.get("options", {}), self.options, self.folder)
+                self.stages = state.get("stages", {})
+            self._save()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def record(self, stage: str, data: dict[str, Any]) -> None:
+        """Keep what ``stage`` found, on disk at once."""
+        self.stages[stage] = data
+        self._save()
+
+    def once(self, stage: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The recorded data of ``stage``; does the work when there is none yet."""
+        if stage not in self.stages:
+            self.record(stage, work())
+        return self.stages[stage]
+
+    def write_folder(self, name: str, write: Callable[[Path], object]) -> Path:
+        """Let ``write`` fill a folder, which gets its name only when it is whole."""
+        part = self.folder / f"{name}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        write(part)
+        final = self.folder / name
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        return final
+
+    def publish(self, folder: Path) -> None:
+        """Turn ``folder`` into ``OUT`` and remove the rest of the work."""
+        if self.out.is_dir():
+            self.out.rmdir()
+        folder.rename(self.out)
+        shutil.rmtree(self.folder)
+
+    def _save(self) -> None:
+        write_json(self.folder / RUN, {"options": self.options, "stages": self.stages})
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy beside ``target``, then rename; a target that exists is left alone."""
+    if target.exists():
+        return
+    part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(source, part)
+    part.rename(target)
