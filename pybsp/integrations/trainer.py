@@ -141,9 +141,13 @@ class BlockPruningCallback(TrainerCallback):
     ) -> None:
         """Put the pruner's state into the checkpoint that was just written."""
         self._gate_best(state)
+        if self.pruner is None or not args.should_save:
+            return
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
-        if self.pruner is not None and args.should_save and folder.is_dir():
+        if folder.is_dir():
             save_state(self.pruner.state_dict(), folder / STATE_NAME)
+        else:  # a hyper-parameter search saves elsewhere
+            logger.warning("no %s: pruning cannot resume from this checkpoint", folder)
 
     def on_train_end(
         self,

@@ -119,6 +119,11 @@ class BlockPruningConfig:
         """Whether the method adds a penalty at all."""
         return self.method != "magnitude"
 
+    @property
+    def refreshes(self) -> bool:
+        """Whether anything happens every ``reweight_every`` steps."""
+        return self.method == "reweighted_group_lasso" or self.ramp == "cubic"
+
     @classmethod
     def paper(cls, **changes: Any) -> BlockPruningConfig:
         """Li et al. 2020 (arXiv 2009.08065): the published form of the method.
@@ -246,13 +251,13 @@ def _check_cadence(cfg: BlockPruningConfig) -> None:
             "reweight_every must be a fraction of the total steps (0 < f <= 1) or a "
             f"positive number of steps; got {every!r}"
         )
-    uses = cfg.method == "reweighted_group_lasso" or cfg.ramp == "cubic"
-    if uses and regularise == 0:
+    if cfg.refreshes and regularise == 0:
         raise ValueError(
             f"method {cfg.method!r} with ramp {cfg.ramp!r} needs a regularise phase; "
             f"got phases {cfg.phases!r}; give the second one steps"
         )
-    if uses and _is_steps(every) == _is_steps(regularise) and every >= regularise:
+    same_unit = _is_steps(every) == _is_steps(regularise)
+    if cfg.refreshes and same_unit and every >= regularise:
         raise ValueError(
             f"reweight_every = {every!r} never fires within a regularise phase of "
             f"{regularise!r}; choose a smaller one"

@@ -47,7 +47,7 @@ class PruningSchedule:
         every = cfg.reweight_every
         if not isinstance(every, int):
             every = max(1, min(round(every * total_steps), length - 1))
-        elif every >= length > 1 and cfg.method == "reweighted_group_lasso":
+        elif every >= length > 1 and cfg.refreshes:
             raise ValueError(
                 f"reweight_every = {every} steps never fires within the {length} steps "
                 "of the regularise phase; choose a smaller one or a fraction"

@@ -8,9 +8,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     BertConfig,
@@ -21,7 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from pybsp import BlockPruningConfig
+from pybsp import BlockPruner, BlockPruningConfig, preserve_sparsity
 from pybsp.integrations.trainer import STATE_NAME, BlockPruningCallback
 from pybsp.pruning.state import load_state
 
@@ -262,6 +265,64 @@ def test_state_of_a_checkpoint_is_complete(tmp_path: Path) -> None:
     assert late["at_target"]
     assert len(late["masks"]) == 12
     assert not list(tmp_path.glob("*/*.tmp"))
+
+
+def test_the_first_checkpoint_after_the_cut_is_pruned(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, BlockPruningCallback(CFG), max_steps=10, **saving).train()
+    sparsities = [
+        encoder_sparsity(load_file(tmp_path / f"checkpoint-{step}/model.safetensors"))
+        for step in range(1, 11)
+    ]
+    assert sparsities == [0.0] * 5 + [0.75] * 5
+
+
+def test_accelerate_saves_and_restores_the_pruner(tmp_path: Path) -> None:
+    def prepared() -> tuple[Accelerator, nn.Module, Any, BlockPruner]:
+        accelerator = Accelerator(cpu=True)
+        model = tiny_bert()
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        pruner = BlockPruner(model, CFG, total_steps=10).attach(optimizer)
+        accelerator.register_for_checkpointing(pruner)
+        return accelerator, model, optimizer, pruner
+
+    def train(
+        parts: tuple[Accelerator, nn.Module, Any, BlockPruner], steps: int
+    ) -> None:
+        accelerator, model, optimizer, _ = parts
+        words = Words(8)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = model(input_ids=words.ids, labels=words.labels).loss
+            accelerator.backward(loss)
+            optimizer.step()
+
+    first = prepared()
+    train(first, 4)
+    first[0].save_state(str(tmp_path))
+    train(first, 6)
+    second = prepared()
+    second[0].load_state(str(tmp_path))
+    assert second[3].step == 4
+    train(second, 6)
+    assert second[3].finalize() == first[3].finalize()
+    for name, value in first[1].state_dict().items():
+        assert torch.equal(value, second[1].state_dict()[name]), name
+
+
+def test_fine_tuning_a_pruned_model_keeps_its_zeros(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, BlockPruningCallback(CFG))
+    trainer.train()
+    again = make_trainer(tmp_path, model=trainer.model)
+    again.create_optimizer()
+    preserve_sparsity(again.model, again.optimizer)
+    before = again.model.bert.encoder.layer[0].output.dense.weight.detach().clone()
+    again.train()
+    after = again.model.bert.encoder.layer[0].output.dense.weight
+    assert encoder_sparsity(again.model.state_dict()) == 0.75
+    assert torch.equal(before == 0, after == 0)
+    assert not torch.equal(before, after)
 
 
 def test_gradient_accumulation_equals_one_large_batch(tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ def test_a_run_too_short_is_refused() -> None:
         PruningSchedule.from_config(cfg, 19)
 
 
-def test_refresh_in_steps_that_never_fires_is_refused() -> None:
-    cfg = BlockPruningConfig(reweight_every=50)
+@pytest.mark.parametrize("method", ["reweighted_group_lasso", "magnitude"])
+def test_refresh_in_steps_that_never_fires_is_refused(method: str) -> None:
+    cfg = BlockPruningConfig(reweight_every=50, method=method, ramp="cubic")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="never fires within the 50 steps"):
         PruningSchedule.from_config(cfg, 100)
