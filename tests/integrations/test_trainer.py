@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -406,43 +402,3 @@ def test_logs_survive_without_the_trainer_in_sight(
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert history[-1]["pybsp/sparsity"] == 0.75
-
-
-WORKER = """
-import sys, torch
-sys.path.insert(0, sys.argv[2])
-from test_trainer import *
-from pathlib import Path
-folder = Path(sys.argv[1])
-trainer = make_trainer(folder, BlockPruningCallback(CFG), max_steps=10,
-                       ddp_backend="gloo", per_device_train_batch_size=4)
-trainer.train()
-rank = trainer.args.process_index
-assert trainer.args.world_size == 2
-torch.save(trainer.model.state_dict(), folder / f"rank{rank}.pt")
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_two_processes_arrive_at_the_same_masks(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", WORKER, str(tmp_path), str(Path(__file__).parent)]
-    workers = [
-        subprocess.Popen(
-            command,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        errors = worker.communicate(timeout=120)[1]
-        assert worker.returncode == 0, errors.decode()
-    first, second = (torch.load(tmp_path / f"rank{r}.pt") for r in range(2))
-    assert encoder_sparsity(first) == 0.75
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
