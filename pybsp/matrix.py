@@ -26,9 +26,9 @@ class BlockSparseMatrix:
 
     Parameters
     ----------
-    crow_indices : int32 or int64 tensor ``(out/r + 1,)``
+    crow_indices : int16, int32 or int64 tensor ``(out/r + 1,)``
         Block row ``i`` owns blocks ``crow_indices[i]:crow_indices[i+1]``.
-    col_indices : int32 or int64 tensor ``(nnz,)``
+    col_indices : int16, int32 or int64 tensor ``(nnz,)``
         Block column of every block, strictly increasing within a block row.
     values : float32 tensor ``(nnz, r, c)``
         May require grad; kept as it is when its blocks already lie column by column.
@@ -109,6 +109,7 @@ class BlockSparseMatrix:
             self.col_indices,
             self.values.detach().contiguous(),
             size=self.shape,
+            check_invariants=False,  # checked when this matrix was made
         )
 
     def to_dense(self) -> torch.Tensor:

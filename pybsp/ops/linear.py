@@ -38,9 +38,11 @@ def column_major_blocks(values: torch.Tensor) -> torch.Tensor:
 def int32_indices(name: str, indices: torch.Tensor) -> torch.Tensor:
     """``indices`` as contiguous int32; an entry that does not fit is refused."""
     if indices.dtype != torch.int32:
-        if indices.dtype != torch.int64:
+        # int16 is how checkpoints store indices that fit in it.
+        if indices.dtype not in (torch.int16, torch.int64):
             raise TypeError(
-                f"{name} must be int32 or int64; got {indices.dtype}; call .int() first"
+                f"{name} must be int16, int32 or int64; got {indices.dtype}; call "
+                ".int() first"
             )
         low, high = (int(v) for v in indices.aminmax()) if indices.numel() else (0, 0)
         if low < 0 or high >= 2**31:
