@@ -40,7 +40,12 @@ def check_block_shape_spec(spec: object) -> BlockShapeSpec:
                 (divisor.isdecimal() and int(divisor) > 0) or "/" not in extent
             ):
                 continue
-        elif isinstance(extent, int) and not isinstance(extent, bool) and extent > 0:
+        # torch.SymInt: the extents of a tensor inside torch.compile.
+        elif (
+            isinstance(extent, (int, torch.SymInt))
+            and not isinstance(extent, bool)
+            and extent > 0
+        ):
             continue
         raise ValueError(
             "block_shape extents must be positive integers or fractions such as "

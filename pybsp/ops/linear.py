@@ -30,6 +30,10 @@ def check_activation(activation: str | None) -> None:
 
 def column_major_blocks(values: torch.Tensor) -> torch.Tensor:
     """``values`` with strides ``(r*c, 1, r)``; itself when it already has them."""
+    if values.dim() != 3:
+        raise ValueError(
+            f"values must have shape (nnz, r, c); got {tuple(values.shape)}"
+        )
     if values.transpose(1, 2).is_contiguous():
         return values
     return values.transpose(1, 2).contiguous().transpose(1, 2)
@@ -62,10 +66,6 @@ def bind_pattern(
 
     The pattern keeps the index tensors' memory; they must not be written to.
     """
-    if values.dim() != 3:
-        raise ValueError(
-            f"values must have shape (nnz, r, c); got {tuple(values.shape)}"
-        )
     if values.dtype != torch.float32:
         raise TypeError(
             f"values must be float32; got {values.dtype}; call .float() first"
@@ -153,6 +153,10 @@ def block_sparse_linear(
                 _get_num_threads(),
             )
             return y
+        if x.dtype is _float32 and values.is_cpu:
+            _check_linear(x, W, bias, activation)
+            product = _EagerProduct.apply(x, values, bias, W)  # type: ignore[no-untyped-call]
+            return reference.ACTIVATIONS[activation](product)
     elif type(x).__module__ == "numpy":
         return _block_sparse_linear_numpy(x, W, bias, activation)
     return _block_sparse_linear_dispatched(x, W, bias, activation)
@@ -350,22 +354,50 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None: 
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    needs = ctx.needs_input_grad
+    grad_x, grad_values, grad_bias = _gradients(ctx, grad, needs[0], needs[1], needs[4])
+    return grad_x, grad_values, None, None, grad_bias, None, None
+
+
+def _gradients(
+    ctx: Any, grad: torch.Tensor, for_x: bool, for_values: bool, for_bias: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     x, values, crow_indices, col_indices = ctx.saved_tensors
     grad_x = grad_values = grad_bias = None
     rows = grad.reshape(-1, ctx.shape[0])
-    if ctx.needs_input_grad[0]:
+    if for_x:
         weight = reference.block_sparse_to_dense(
             crow_indices, col_indices, values, ctx.shape
         )
         grad_x = grad @ weight
-    if ctx.needs_input_grad[1]:
+    if for_values:
         grad_values = reference.gather_blocks(
             rows.t() @ x.reshape(-1, ctx.shape[1]), crow_indices, col_indices,
             (values.shape[1], values.shape[2]),
         )  # fmt: skip
-    if ctx.needs_input_grad[4]:
+    if for_bias:
         grad_bias = rows.sum(0)
-    return grad_x, grad_values, None, None, grad_bias, None, None
+    return grad_x, grad_values, grad_bias
 
 
 _block_sparse_linear.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+class _EagerProduct(torch.autograd.Function):
+    """The product with gradients on a pattern that is bound already: the operator would
+    check the indices again on every call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, values: torch.Tensor, bias: Any, W: Any
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, values, W.crow_indices, W.col_indices)
+        ctx.shape = W.shape
+        # Without gradients here, so this is the plain call.
+        y: torch.Tensor = block_sparse_linear(x, W, bias)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        return *_gradients(ctx, grad, needs[0], needs[1], needs[2]), None

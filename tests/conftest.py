@@ -1,0 +1,63 @@
+"""What every test shares: the report header, the seed and the instruction sets."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before anything imports a library that would ask the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+
+from pybsp import ops
+
+# A forced instruction set is the only one tested, so that CI can run each by itself.
+_ISAS = (
+    [ops.active_isa()] if os.environ.get("PYBSP_ISA") else list(ops.available_isas())
+)
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def pytest_report_header() -> list[str]:
+    config = ops.config()
+    return [
+        f"cpu: {_cpu_name()} ({os.cpu_count()} logical)",
+        f"isa: {config['isa']}; tested: {', '.join(_ISAS)}",
+        f"threads: {config['threads']}, torch {config['torch']}, "
+        f"numpy {np.__version__}, pybsp {config['pybsp']} ({config['compiler']})",
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=_ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once with each instruction set that this CPU has."""
+    before = ops.active_isa()
+    ops.set_active_isa(request.param)
+    yield request.param
+    ops.set_active_isa(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Lets the test call ``torch.set_num_threads``; restores the number after it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
