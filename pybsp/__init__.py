@@ -12,7 +12,8 @@ import torch as _torch  # noqa: F401
 from . import nn, ops, reference
 from .integrations import register_on_import as _register_on_import
 from .matrix import BlockSparseMatrix
-from .nn.pack import PackReport, pack_
+from .nn.pack import pack_
+from .nn.report import PackReport
 from .ops import block_sparse_linear, show_config
 from .pruning import (
     BlockPruner,

@@ -1,0 +1,1 @@
+"""Measurements behind every published figure; see README.md."""

@@ -1,0 +1,165 @@
+"""Writes the tables of README.md and docs/results.md from ``results/``.
+
+A table stands between ``<!-- table:NAME -->`` and ``<!-- end -->``; the rest of a page
+is left alone.
+
+    python -m benchmarks.tables
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.result import RESULTS
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/results.md", "docs/pruning.md")
+METRICS = {"accuracy": "accuracy", "f1": "F1"}
+
+
+def load(pattern: str) -> list[dict[str, Any]]:
+    files = sorted(RESULTS.glob(pattern))
+    return [{"run": f.stem, **json.loads(f.read_text())} for f in files]
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def block_text(run: dict[str, Any]) -> str:
+    return "(" + ", ".join(map(str, run["config"]["block_shape"])) + ")"
+
+
+def score(run: dict[str, Any], stage: str) -> str:
+    return f"{100 * run['scores'][stage][run['metric']]:.1f}"
+
+
+def order(run: dict[str, Any]) -> tuple[Any, ...]:
+    return (run["task"]["name"], run["config"]["target_sparsity"], block_text(run))
+
+
+def latencies() -> dict[str, dict[str, Any]]:
+    measured = load("encoder.json")
+    return {row["run"]: row for row in measured[0]["rows"]} if measured else {}
+
+
+def accuracy() -> str:
+    """Every pruned checkpoint: accuracy, bytes and encoder latency."""
+    timed, rows = latencies(), []
+    for run in sorted(load("accuracy/*.json"), key=order):
+        files, latency = run["files"], timed.get(run["run"], run["latency"])
+        times = latency["candidates"]
+        ratios = [
+            f"{times[name]['median_ms'] / times['packed']['median_ms']:.2f}x"
+            if name in times
+            else ""
+            for name in ("dense", "onnxruntime")
+        ]
+        rows.append(
+            [
+                f"{run['task']['name']} ({METRICS.get(run['metric'], run['metric'])})",
+                f"{run['sparsity']['reached']:.0%}",
+                block_text(run),
+                score(run, "dense"),
+                score(run, "magnitude_cut"),
+                score(run, "after_cut"),
+                score(run, "final"),
+                f"{files['dense_encoder_bytes'] / 1e6:.1f}",
+                f"{files['packed_encoder_bytes'] / 1e6:.1f} "
+                f"({files['encoder_ratio']:.3f}x)",
+                *ratios,
+            ]
+        )
+    head = ["task", "sparsity", "block", "dense", "cut untrained", "after the cut",
+            "after retraining", "dense MB", "packed MB", "faster than torch",
+            "than ONNX Runtime"]  # fmt: skip
+    return markdown(head, rows)
+
+
+def linear() -> str:
+    """One BERT-base layer at 80 %, by block shape and tokens."""
+    rows = []
+    for run in load("block_sparse_linear.json"):
+        for row in run["rows"]:
+            if row["sparsity"] == 0.8 and row["layer"] == "bert_base_ffn_up":
+                rows.append(
+                    [
+                        "(" + ", ".join(map(str, row["block_shape"])) + ")",
+                        str(row["tokens"]),
+                        f"{row['times']['pybsp']['median_ms']:.3f}",
+                        f"{row['speedup_over_best_dense']:.1f}x",
+                        f"{row['of_peak']:.0%}",
+                    ]
+                )
+    head = ["block", "tokens", "ms", "faster than the best dense peer", "of FMA peak"]
+    return markdown(head, rows)
+
+
+def hook() -> str:
+    """What the pruner adds to a training step."""
+    rows = [
+        [
+            row["block_shape"],
+            row["phase"],
+            row["penalty"],
+            f"{row['step_ms']:.0f}",
+            f"{row['hooks_ms']:.1f}",
+            f"{row['share']:.2%}",
+            str(row.get("autograd_penalty_ms", "")),
+        ]
+        for run in load("training_hook.json")
+        for row in run["rows"]
+    ]
+    head = ["block", "phase", "penalty", "step ms", "hooks ms", "share",
+            "same penalty in autograd ms"]  # fmt: skip
+    return markdown(head, rows)
+
+
+def penalty() -> str:
+    """The same run with and without the penalty, cut once."""
+    rows = [
+        [
+            {"magnitude": "none"}.get(
+                run["config"]["method"],
+                f"{run['config']['method']}, {run['config']['penalty']}",
+            ),
+            score(run, "dense"),
+            score(run, "magnitude_cut"),
+            score(run, "after_cut"),
+            score(run, "final"),
+        ]
+        for run in load("penalty/*.json")
+    ]
+    head = ["penalty", "dense", "cut untrained", "right after the cut",
+            "after retraining"]  # fmt: skip
+    return markdown(head, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "accuracy": accuracy,
+    "linear": linear,
+    "hook": hook,
+    "penalty": penalty,
+}
+
+
+def main() -> None:
+    for page in PAGES:
+        path = ROOT / page
+        text = re.sub(
+            r"(<!-- table:(\w+) -->\n).*?(<!-- end -->)",
+            lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}",
+            path.read_text(encoding="utf-8"),
+            flags=re.DOTALL,
+        )
+        path.write_text(text, encoding="utf-8")
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
