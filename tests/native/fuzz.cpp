@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cases.h"
+#include "gemm_cases.h"
+#include "group_lasso_cases.h"
+
+namespace selftest {
+
+void fuzz(Report& report, Random& random) {
+  const int64_t r = random.between(1, 40), c = random.between(1, 40);
+  const int64_t grid_rows = random.between(1, 240 / r);
+  const int64_t grid_cols = random.between(1, 240 / c);
+  if (random.between(0, 3) == 0) {
+    const GridShape shape{grid_rows, grid_cols, r, c, random.between(0, 5)};
+    GroupLassoCase(shape, random).check(report);
+    return;
+  }
+  const double density = static_cast<double>(random.unit());
+  const int64_t tokens = random.between(1, 150);
+  const uint64_t seed = random.bits();
+  const auto activation = static_cast<pybsp::Activation>(random.between(0, 4));
+  const GemmCase matrix({grid_rows * r, grid_cols * c, r, c}, density, tokens, seed);
+  matrix.check(report, tokens, activation);
+  matrix.check(report, random.between(0, tokens), activation);
+}
+
+}  // namespace selftest

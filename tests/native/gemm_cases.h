@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels/block_sparse_gemm.h"
+#include "kernels/token_lane_schedule.h"
+#include "report.h"
+
+namespace selftest {
+
+struct GemmShape {
+  int64_t out, in, r, c;
+};
+
+// A random block-sparse matrix that owns its arrays.
+struct BlockSparse {
+  BlockSparse(GemmShape shape, double density, Random& random);
+  pybsp::BlockSparseView view() const;
+
+  GemmShape shape;
+  std::vector<int32_t> crow_indices, col_indices;
+  std::vector<float> values;
+};
+
+// Runs one matrix on the first `tokens` of its rows of x, for several counts.
+class GemmCase {
+ public:
+  GemmCase(GemmShape shape, double density, int64_t max_tokens, uint64_t seed);
+
+  // With and without bias, bit-equal on 1, 2 and 3 threads.
+  void check(Report& report, int64_t tokens, pybsp::Activation activation) const;
+
+ private:
+  void check(Report& report, int64_t tokens, pybsp::Activation activation,
+             bool with_bias) const;
+
+  std::string name_;
+  BlockSparse weight_;
+  pybsp::Schedule schedule_;
+  std::vector<float> x_;           // one float longer: used from 1, never aligned
+  std::vector<float> bias_;        // the same
+  std::vector<double> sums_;       // (max_tokens, out) x W^T
+  std::vector<double> magnitude_;  // (max_tokens, out) |x| |W|^T
+  std::vector<int64_t> terms_;     // (out) products in a sum
+};
+
+double activate(pybsp::Activation activation, double y);
+const char* activation_name(pybsp::Activation activation);
+
+constexpr pybsp::Activation kActivations[] = {
+    pybsp::Activation::none, pybsp::Activation::relu, pybsp::Activation::gelu,
+    pybsp::Activation::gelu_tanh, pybsp::Activation::silu};
+
+}  // namespace selftest
