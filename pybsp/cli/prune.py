@@ -27,7 +27,16 @@ if TYPE_CHECKING:
     from .experiment import Recipe, Subject
 
 #: Options that say where to write and how fast to run, not what comes out.
-NOT_RESULTS = ("out", "save_dense", "resume", "json", "threads", "command", "version")
+NOT_RESULTS = (
+    "out",
+    "save_dense",
+    "resume",
+    "json",
+    "threads",
+    "seconds",
+    "command",
+    "version",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -196,6 +205,14 @@ def add_training(group: Any) -> None:
         "with one",
     )
 
+    group.add_argument(
+        "--seconds",
+        type=positive_number,
+        default=6.0,
+        metavar="X",
+        help="time to spend on measuring latency, about (default: %(default)s)",
+    )
+
 
 def run(arguments: argparse.Namespace) -> Result:
     config = pruning_config(arguments)
@@ -273,6 +290,7 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
         max_length=arguments.max_length,
         seed=arguments.seed,
         distill=arguments.distill,
+        seconds=arguments.seconds,
     )
 
 

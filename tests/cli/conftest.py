@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from pybsp.cli import glue, models, small_bert
+
+from pybsp.cli import glue, models, onnx_session, small_bert
 from pybsp.cli.main import main
 
 GOOD = ("good", "great", "fine", "lovely")
@@ -50,6 +51,14 @@ def model(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True, scope="session")
+def without_onnx():
+    """Exporting takes seconds; the test of it calls the exporter itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_session, "available", lambda: False)
+        yield
+
+
 @dataclass(frozen=True)
 class Run:
     """What one command left behind."""
@@ -77,15 +86,33 @@ def cli(capsys: pytest.CaptureFixture[str]):
 
 
 def prune_arguments(model: Path, data: Path, out: Path, *more: object) -> list[str]:
-    options = ["prune", "--model", model, "--task", "sst2", "--data", data, "--out", out]
-    options += ["--epochs-dense", "1", "--epochs", "2", "--lr", "1e-3", "--threads", "1"]
+    options = [
+        "prune",
+        "--model",
+        model,
+        "--task",
+        "sst2",
+        "--data",
+        data,
+        "--out",
+        out,
+    ]
+    options += [
+        "--epochs-dense",
+        "1",
+        "--epochs",
+        "2",
+        "--lr",
+        "1e-3",
+        "--threads",
+        "1",
+    ]
+    options += ["--seconds", "0.1"]
     return [str(option) for option in (*options, *more)]
 
 
 @pytest.fixture(scope="session")
-def pruned(
-    tmp_path_factory: pytest.TempPathFactory, model: Path, data: Path
-) -> Path:
+def pruned(tmp_path_factory: pytest.TempPathFactory, model: Path, data: Path) -> Path:
     """Made once by ``pybsp prune``; not to be changed."""
     out = tmp_path_factory.mktemp("pruned") / "out"
     dense = out.parent / "dense"

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from pybsp.cli.distillation import (
     TEACHER_LOGITS,
     TEMPERATURE,

@@ -2,6 +2,7 @@ import sys
 import types
 
 import pytest
+
 from pybsp.cli import glue
 from pybsp.cli.errors import UsageError, WorkError
 

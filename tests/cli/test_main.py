@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+
 from pybsp.cli import bench
 from pybsp.cli.main import COMMANDS, Result
 

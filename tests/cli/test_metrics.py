@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from pybsp.cli.metrics import score
 
 LOGITS = np.array([[2, 1], [0, 1], [1, 3], [5, 0]], dtype=np.float32)  # 0 1 1 0

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from pybsp.cli import timing
 
 

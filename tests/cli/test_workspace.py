@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from pybsp.cli.errors import UsageError, WorkError
 from pybsp.cli.workspace import (
     Workspace,
@@ -41,21 +42,24 @@ def test_a_stage_that_fails_is_not_recorded(tmp_path):
 def test_an_unfinished_run_needs_resume_with_the_same_options(tmp_path):
     with Workspace(tmp_path / "out", OPTIONS, resume=False):
         pass
-    with pytest.raises(UsageError, match="--resume"), Workspace(
-        tmp_path / "out", OPTIONS, resume=False
+    with (
+        pytest.raises(UsageError, match="--resume"),
+        Workspace(tmp_path / "out", OPTIONS, resume=False),
     ):
         pass
     other = {**OPTIONS, "seed": 1}
-    with pytest.raises(UsageError, match="seed: 0 there, 1 here"), Workspace(
-        tmp_path / "out", other, resume=True
+    with (
+        pytest.raises(UsageError, match="seed: 0 there, 1 here"),
+        Workspace(tmp_path / "out", other, resume=True),
     ):
         pass
 
 
 def test_two_processes_cannot_share_the_work(tmp_path):
     with Workspace(tmp_path / "out", OPTIONS, resume=True):
-        with pytest.raises(WorkError, match="another process"), Workspace(
-            tmp_path / "out", OPTIONS, resume=True
+        with (
+            pytest.raises(WorkError, match="another process"),
+            Workspace(tmp_path / "out", OPTIONS, resume=True),
         ):
             pass
     with Workspace(tmp_path / "out", OPTIONS, resume=True):

@@ -1,0 +1,86 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pybsp.cli.models import load_classifier
+
+
+@pytest.fixture
+def foreign(own_pruned):
+    """A checkpoint with zero blocks from elsewhere: no packed file, no record."""
+    (own_pruned / "model.pybsp.safetensors").unlink()
+    path = own_pruned / "config.json"
+    config = json.loads(path.read_text())
+    del config["quantization_config"]
+    path.write_text(json.dumps(config))
+    return own_pruned
+
+
+def test_packs_beside_the_dense_file(cli, foreign):
+    dense = (foreign / "model.safetensors").read_bytes()
+    run = cli("pack", foreign, "--json")
+    assert run.status == 0, run.stderr
+    assert run.data["packed_file_bytes"] < run.data["dense_file_bytes"] == len(dense)
+    assert run.data["report"]["layers_packed"] == 12
+    assert (foreign / "model.pybsp.safetensors").is_file()
+    assert {tuple(row["block_shape"]) for row in run.data["report"]["layers"][:12]} == {
+        (8, 1)
+    }
+    packed, _ = load_classifier(str(foreign), 2)
+    weights = load_file(foreign / "model.safetensors")
+    for name, value in packed.dequantize().state_dict().items():
+        assert torch.equal(value, weights[name])
+
+
+def test_packs_a_copy(cli, foreign, tmp_path):
+    before = {path.name: path.read_bytes() for path in foreign.iterdir()}
+    out = tmp_path / "copy"
+    run = cli("pack", foreign, "--out", out, "--block-shape", "4,1")
+    assert run.status == 0, run.stderr
+    assert "pybsp bench" in run.stdout
+    assert {path.name: path.read_bytes() for path in foreign.iterdir()} == before
+    names = {path.name for path in out.iterdir()}
+    assert {"model.pybsp.safetensors", "tokenizer.json", "config.json"} <= names
+    record = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert record["modules"]["bert.encoder.layer.0.output.dense"] == [4, 1]
+
+
+def test_a_model_without_zeros(cli, model, tmp_path):
+    run = cli("pack", model, "--out", tmp_path / "copy")
+    assert run.status == 1
+    assert "cannot be packed" in run.stderr
+    assert not (tmp_path / "copy").exists()
+
+
+def test_an_out_that_is_taken(cli, foreign):
+    run = cli("pack", foreign, "--out", foreign)
+    assert run.status == 2
+    assert "not an empty directory" in run.stderr
+
+
+def test_only_packed_weights(cli, own_pruned):
+    (own_pruned / "model.safetensors").unlink()
+    run = cli("pack", own_pruned)
+    assert run.status == 1
+    assert "no dense weights" in run.stderr
+
+
+def test_a_block_shape_that_does_not_divide(cli, foreign):
+    run = cli("pack", foreign, "--block-shape", "7,1")
+    assert run.status == 1
+    assert "does not divide" in run.stderr
+    assert not (foreign / "model.pybsp.safetensors").exists()
+
+
+def test_not_finite(cli, foreign):
+    path = foreign / "model.safetensors"
+    weights = load_file(path)
+    weights["bert.encoder.layer.0.output.dense.weight"][
+        weights["bert.encoder.layer.0.output.dense.weight"] != 0
+    ] = float("nan")
+    save_file(weights, path, {"format": "pt"})
+    run = cli("pack", foreign)
+    assert run.status == 1
+    assert "NaN" in run.stderr
