@@ -40,7 +40,10 @@ class Recipe:
     """How the two runs train and what is measured; the same optimizer for both.
 
     ``distill`` is the weight of the dense model's outputs in the loss of the pruning
-    run. ``checkpoints`` are written per run, for resuming; ``seconds`` is spent timing.
+    run. ``schedule`` of the learning rate there: ``"hold"`` keeps it up to the cut and
+    then lets it fall to zero, ``"restart"`` plays the fall once up to the cut and once
+    after it, as two separate runs would. ``checkpoints`` are written per run, for
+    resuming; ``seconds`` is spent timing.
     """
 
     epochs_dense: float
@@ -51,6 +54,7 @@ class Recipe:
     max_length: int
     seed: int
     distill: float
+    schedule: str = "hold"
     checkpoints: int = 6
     sequence: int = 128
     seconds: float = 6.0
@@ -144,7 +148,9 @@ class Experiment:
                 "magnitude_cut", lambda: self.magnitude_cut(model, tokenizer)
             )
             features, options = self.pruning_features(model, tokenizer)
-            pruning = BlockPruningCallback(self.config, restart_learning_rate=True)
+            pruning = BlockPruningCallback(
+                self.config, restart_learning_rate=self.recipe.schedule == "restart"
+            )
             torch.manual_seed(self.recipe.seed)
             fit(
                 model, features, tokenizer, self.fit_settings("pruning"),
@@ -264,11 +270,19 @@ class Experiment:
             ),
             batch_size=recipe.batch_size,
             seed=recipe.seed,
+            stable=0.0 if is_dense else self.held(),
             checkpoints=recipe.checkpoints,
             title="fine-tuning the dense model"
             if is_dense
             else "pruning and retraining",
         )
+
+    def held(self) -> float:
+        """The part of the pruning run that keeps its full learning rate."""
+        warmup, regularise, retrain = self.config.phases
+        if self.recipe.schedule == "restart":
+            return 0.0
+        return (warmup + regularise) / (warmup + regularise + retrain)
 
     def results(self, measured: Mapping[str, Any]) -> dict[str, Any]:
         """Everything for ``results.json``, from the recorded stages."""

@@ -168,7 +168,13 @@ def add_training(group: Any) -> None:
         "--prune-lr",
         type=positive_number,
         metavar="X",
-        help="peak learning rate of the pruning run (default: that of --lr)",
+        help="peak learning rate of the pruning run (default: twice --lr)",
+    )
+    group.add_argument(
+        "--schedule",
+        choices=("hold", "restart"),
+        help="learning rate while pruning: held up to the cut and then falling, or "
+        "falling once before and once after it (default: hold; restart with --paper)",
     )
     group.add_argument(
         "--batch-size",
@@ -275,7 +281,7 @@ def pruning_config(arguments: argparse.Namespace) -> BlockPruningConfig:
 
 
 #: What differs from the library's defaults: these do better in a few epochs.
-DEFAULTS: dict[str, Any] = {}
+DEFAULTS: dict[str, Any] = {"ramp": "cubic", "phases": (0.0, 0.4, 0.6)}
 
 
 def recipe(arguments: argparse.Namespace) -> Recipe:
@@ -285,11 +291,12 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
         epochs_dense=arguments.epochs_dense,
         epochs=arguments.epochs,
         dense_learning_rate=arguments.lr,
-        learning_rate=arguments.prune_lr or arguments.lr,
+        learning_rate=arguments.prune_lr or 2 * arguments.lr,
         batch_size=arguments.batch_size,
         max_length=arguments.max_length,
         seed=arguments.seed,
         distill=arguments.distill,
+        schedule=arguments.schedule or ("restart" if arguments.paper else "hold"),
         seconds=arguments.seconds,
     )
 

@@ -127,7 +127,8 @@ def pruning_config() -> Any:
     )
 
 
-PRUNING: dict[str, Any] = {}
+#: As `pybsp prune` does it; see there.
+PRUNING: dict[str, Any] = {"ramp": "cubic", "phases": (0.0, 0.4, 0.6)}
 
 
 def recipe(size: Size, seed: int) -> Recipe:

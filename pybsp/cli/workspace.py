@@ -57,7 +57,8 @@ def finished_results(out: Path, options: dict[str, Any], *, resume: bool) -> Any
 
 
 def check_same_options(old: dict[str, Any], new: dict[str, Any], place: Path) -> None:
-    changed = [key for key in new if old.get(key) != new[key]]
+    # An older version may not have known an option yet.
+    changed = [key for key in new if key in old and old[key] != new[key]]
     if changed:
         key = changed[0]
         raise UsageError(

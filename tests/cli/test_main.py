@@ -18,10 +18,11 @@ def test_help_names_every_command(cli):
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("prune", "--model --task --data --out --sparsity --block-shape --paper --lambda "
+        ("prune",
+         "--model --task --data --out --sparsity --block-shape --paper --lambda "
          "--method --epochs-dense --epochs --lr --batch-size --max-length --seed "
          "--max-train-samples --threads --dense-checkpoint --save-dense --resume "
-         "--distill --json"),
+         "--distill --schedule --seconds --json"),
         ("quickstart", "--out --from-scratch --seed --json"),
         ("bench", "DIR --batch --seq --threads --no-onnx --json"),
         ("check", "DIR --tokens --json"),
@@ -70,7 +71,7 @@ def fake(monkeypatch, work):
 
 
 def test_json_keeps_stdout_clean_of_what_libraries_print(cli, monkeypatch):
-    def work(arguments):
+    def work(_arguments):
         print("noise of a library")
         return Result({"speed": 1.5}, ["a table"])
 
@@ -82,7 +83,7 @@ def test_json_keeps_stdout_clean_of_what_libraries_print(cli, monkeypatch):
 
 
 def test_status_of_a_result_is_returned(cli, monkeypatch):
-    fake(monkeypatch, lambda arguments: Result({}, [], exit_status=1))
+    fake(monkeypatch, lambda _: Result({}, [], exit_status=1))
     assert cli("bench", "x", "--json").status == 1
 
 
@@ -90,7 +91,7 @@ def test_status_of_a_result_is_returned(cli, monkeypatch):
     "error", [ValueError("first\nsecond"), OSError(28, "No space left", "/x")]
 )
 def test_an_error_is_one_line_and_exit_1(cli, monkeypatch, error):
-    def work(arguments):
+    def work(_arguments):
         raise error
 
     fake(monkeypatch, work)
@@ -101,7 +102,7 @@ def test_an_error_is_one_line_and_exit_1(cli, monkeypatch, error):
 
 
 def test_a_bug_is_not_hidden(cli, monkeypatch):
-    def work(arguments):
+    def work(_arguments):
         raise AssertionError("bug")
 
     fake(monkeypatch, work)
@@ -110,7 +111,7 @@ def test_a_bug_is_not_hidden(cli, monkeypatch):
 
 
 def test_debug_shows_the_traceback(cli, monkeypatch):
-    def work(arguments):
+    def work(_arguments):
         raise ValueError("details")
 
     fake(monkeypatch, work)
@@ -120,7 +121,7 @@ def test_debug_shows_the_traceback(cli, monkeypatch):
 
 
 def test_an_interrupt_exits_130(cli, monkeypatch):
-    def work(arguments):
+    def work(_arguments):
         raise KeyboardInterrupt
 
     fake(monkeypatch, work)

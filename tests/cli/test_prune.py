@@ -22,8 +22,8 @@ def results(pruned):
 def test_out_has_the_checkpoint_the_numbers_and_the_card(pruned):
     names = {path.name for path in pruned.iterdir()}
     assert {
-        "README.md", "results.json", "kept_blocks.png", "block_norms.png", "config.json",
-        "model.safetensors", "model.pybsp.safetensors", "tokenizer.json",
+        "README.md", "results.json", "kept_blocks.png", "block_norms.png",
+        "config.json", "model.safetensors", "model.pybsp.safetensors", "tokenizer.json",
     } <= names  # fmt: skip
     assert not [name for name in names if name.endswith(".part")]
     assert {path.name for path in pruned.parent.iterdir()} == {"out", "dense"}
@@ -109,8 +109,8 @@ def test_a_pipeline_gives_the_dense_model_s_answers(pruned, data):
 def test_json_from_a_dense_checkpoint(cli, pruned, model, data, tmp_path):
     dense = pruned.parent / "dense"
     run = cli(*prune_arguments(
-        model, data, tmp_path / "out", "--dense-checkpoint", dense, "--json", "--sparsity",
-        "0.5", "--block-shape", "1,in/8", "--paper", "--distill", "0",
+        model, data, tmp_path / "out", "--dense-checkpoint", dense, "--json",
+        "--sparsity", "0.5", "--block-shape", "1,in/8", "--paper", "--distill", "0",
         "--max-train-samples", "32",
     ))  # fmt: skip
     assert run.status == 0
@@ -184,12 +184,12 @@ class TestResume:
     ):
         arguments = prune_arguments(model, data, tmp_path / "out")
         with monkeypatch.context() as patch:
-            patch.setattr(experiment.measurement, "latency", lambda *a, **k: 1 / 0)
+            patch.setattr(experiment.measurement, "latency", lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 main(arguments)
         with monkeypatch.context() as patch:
             patch.setattr(
-                experiment, "fit", lambda *a, **k: pytest.fail("trains again")
+                experiment, "fit", lambda *_, **__: pytest.fail("trains again")
             )
             assert cli(*arguments, "--resume").status == 0
 
@@ -252,7 +252,7 @@ class TestErrors:
     def test_block_shape_that_does_not_divide(self, refused):
         refused("does not divide", "--block-shape", "5,1", status=1)
 
-    def test_dense_checkpoint_of_another_task(self, refused, model, data, tmp_path):
+    def test_dense_checkpoint_of_another_task(self, refused, model, tmp_path):
         write_sst2(tmp_path / "d")
         (tmp_path / "d" / "mnli_subset").mkdir()
         for split in ("train", "dev"):

@@ -10,7 +10,8 @@ def tiny(monkeypatch, data):
     monkeypatch.setattr(quickstart.corpus, "load", lambda *_: load("sst2", data))
 
 
-def test_it_ends_with_a_table_and_what_to_do_next(cli, tmp_path, tiny, monkeypatch):
+@pytest.mark.usefixtures("tiny")
+def test_it_ends_with_a_table_and_what_to_do_next(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = cli("quickstart", "--tiny")
     assert run.status == 0
@@ -24,14 +25,15 @@ def test_it_ends_with_a_table_and_what_to_do_next(cli, tmp_path, tiny, monkeypat
     assert again.data["config"]["method"] == "reweighted_group_lasso"
 
 
-def test_an_out_that_is_taken(cli, tmp_path, tiny):
+@pytest.mark.usefixtures("tiny")
+def test_an_out_that_is_taken(cli, tmp_path):
     (tmp_path / "notes").touch()
     run = cli("quickstart", "--tiny", "--out", tmp_path)
     assert run.status == 2
     assert "not empty" in run.stderr
 
 
-def test_the_pretrained_model_is_used_when_it_is_installed(monkeypatch, data, model):
+def test_the_pretrained_model_is_used_when_it_is_installed(data, model):
     found = load("sst2", data)
     loaded, _ = quickstart.subject(model, found, quickstart.TINY, 0).load()
     assert loaded.config.hidden_size == 32

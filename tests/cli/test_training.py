@@ -82,5 +82,5 @@ def test_divergence_is_an_error_that_names_the_remedy():
     training.check_finite(good.named_parameters())
     with torch.no_grad():
         good.bias[0] = math.inf
-    with pytest.raises(WorkError, match="bias holds NaN.*--lr"):
+    with pytest.raises(WorkError, match=r"bias holds NaN.*--lr"):
         training.check_finite(good.named_parameters())

@@ -32,9 +32,11 @@ def test_a_stage_that_fails_is_not_recorded(tmp_path):
     def work():
         raise KeyboardInterrupt
 
-    with Workspace(tmp_path / "out", OPTIONS, resume=False) as workspace:
-        with pytest.raises(KeyboardInterrupt):
-            workspace.once("dense", work)
+    with (
+        Workspace(tmp_path / "out", OPTIONS, resume=False) as workspace,
+        pytest.raises(KeyboardInterrupt),
+    ):
+        workspace.once("dense", work)
     with Workspace(tmp_path / "out", OPTIONS, resume=True) as workspace:
         assert workspace.once("dense", lambda: {"score": 1}) == {"score": 1}
 
@@ -56,12 +58,12 @@ def test_an_unfinished_run_needs_resume_with_the_same_options(tmp_path):
 
 
 def test_two_processes_cannot_share_the_work(tmp_path):
-    with Workspace(tmp_path / "out", OPTIONS, resume=True):
-        with (
-            pytest.raises(WorkError, match="another process"),
-            Workspace(tmp_path / "out", OPTIONS, resume=True),
-        ):
-            pass
+    with (
+        Workspace(tmp_path / "out", OPTIONS, resume=True),
+        pytest.raises(WorkError, match="another process"),
+        Workspace(tmp_path / "out", OPTIONS, resume=True),
+    ):
+        pass
     with Workspace(tmp_path / "out", OPTIONS, resume=True):
         pass
 
