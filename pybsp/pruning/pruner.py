@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -11,17 +10,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .. import ops
 from . import penalty as penalties
 from .config import BlockPruningConfig
 from .hooks import StepHooks, gradient_scale, inner_optimizer, learning_rates
 from .masks import check_feasible, pools, select_masks
 from .record import sparsity_record
+from .regulariser import Regulariser
 from .schedule import Phase, PruningSchedule
 from .state import STATE_FORMAT, check_state
 from .targets import Target, linear_modules, select_targets, unwrap_model
-
-logger = logging.getLogger(__name__)
 
 _attached: weakref.WeakKeyDictionary[Optimizer, BlockPruner] = (
     weakref.WeakKeyDictionary()
@@ -63,10 +60,8 @@ class BlockPruner:
             check_feasible(pool, cfg.max_layer_sparsity)
         self.step = 0
         self.at_target = False
-        self.factors: dict[str, torch.Tensor] = {}
         self.masks: dict[str, torch.Tensor] = {}
-        self.strengths: dict[str, float] = {}
-        self._penalty = 0.0
+        self.regulariser = Regulariser(cfg, self.targets, self.pools)
         self._hooks: StepHooks | None = None
         self._optimizer: weakref.ref[Optimizer] | None = None
 
@@ -133,19 +128,15 @@ class BlockPruner:
 
     def metrics(self) -> dict[str, float]:
         """Numbers worth logging, with the keys ``pybsp/...``."""
-        lam = self.cfg.reg_lambda if self.cfg.penalised else 0.0
-        values = {
+        regularising = self.phase is Phase.REGULARISE and self.cfg.penalised
+        weights = self._weights()
+        return {
             "pybsp/sparsity": self.sparsity,
             "pybsp/phase": float(self.phase),
-            "pybsp/penalty": self._current_penalty(),
+            "pybsp/penalty": self.regulariser.value(weights) if regularising else 0.0,
+            "pybsp/lambda": self.regulariser.strength() if regularising else 0.0,
             "pybsp/masked_steps": float(max(0, self.step - self.schedule.cut_step)),
         }
-        if self.strengths:
-            lam = sum(self.strengths.values()) / len(self.strengths)
-        if not isinstance(lam, str):
-            regularising = self.phase is Phase.REGULARISE
-            values["pybsp/lambda"] = float(lam) if regularising else 0.0
-        return values
 
     @torch.no_grad()
     def cut(self) -> None:
@@ -153,8 +144,7 @@ class BlockPruner:
         if not self.at_target:
             self._prune_to(1.0)
             self.at_target = True
-            self.factors.clear()
-            self._penalty = 0.0
+            self.regulariser.stop()
 
     @torch.no_grad()
     def finalize(self) -> dict[str, Any]:
@@ -201,8 +191,8 @@ class BlockPruner:
             "total_steps": self.schedule.total_steps,
             "step": self.step,
             "at_target": self.at_target,
-            "strengths": dict(self.strengths),
-            "factors": dict(self.factors),
+            "strengths": dict(self.regulariser.strengths),
+            "factors": dict(self.regulariser.factors),
             "masks": dict(self.masks),
         }
 
@@ -216,9 +206,10 @@ class BlockPruner:
         check_state(state, self)
         self.step = int(state["step"])
         self.at_target = bool(state["at_target"])
-        self.strengths = {k: float(v) for k, v in state["strengths"].items()}
+        strengths = state["strengths"].items()
+        self.regulariser.strengths = {k: float(v) for k, v in strengths}
         weights = self._weights()
-        self.factors = {
+        self.regulariser.factors = {
             name: value.to(weights[name].device, torch.float32)
             for name, value in state["factors"].items()
         }
@@ -232,84 +223,37 @@ class BlockPruner:
             name: self.model.get_parameter(f"{name}.weight") for name in self.targets
         }
 
-    def _norms(self) -> dict[str, torch.Tensor]:
-        return {
-            name: penalties.block_norms(weight.detach(), self.targets[name].block_shape)
-            for name, weight in self._weights().items()
-        }
-
     def _before_step(self, optimizer: Optimizer) -> None:
-        regularising = self.phase is Phase.REGULARISE and self.cfg.penalised
-        if regularising:
-            self._refresh_factors()
-        if not self.masks and not (regularising and self.cfg.penalty == "gradient"):
-            return
-        scale = gradient_scale(optimizer)
-        self._penalty = 0.0
-        for name, weight in self._weights().items():
-            grad, target = weight.grad, self.targets[name]
-            if grad is None:
-                continue
-            if regularising and self.cfg.penalty == "gradient":
-                lam = penalties.penalty_lambda(self.cfg, target)
-                value = penalties.add_gradient_(
-                    grad,
-                    weight.detach(),
-                    self.factors[name],
-                    lam * scale,
-                    target.block_shape,
-                )
-                self._penalty += value / scale
-            if name in self.masks:
-                penalties.mask_blocks_(grad, self.masks[name], target.block_shape)
+        weights = self._weights()
+        if self.phase is Phase.REGULARISE and self.cfg.penalised:
+            due = self.step in self.schedule.reweight_steps
+            steps_left = self.schedule.cut_step - self.step
+            self.regulariser.refresh(weights, due, steps_left)
+            if self.regulariser.in_gradient:
+                self.regulariser.add_gradients_(weights, gradient_scale(optimizer))
+        for name, mask in self.masks.items():
+            grad = weights[name].grad
+            if grad is not None:
+                penalties.mask_blocks_(grad, mask, self.targets[name].block_shape)
 
     def _after_step(self, optimizer: Optimizer) -> None:
-        moves = self.phase is Phase.REGULARISE and self.cfg.penalised
-        if moves and self.cfg.penalty != "gradient":
-            self._shrink(learning_rates(optimizer))
-        for name, mask in self.masks.items():
-            weight = self.model.get_parameter(f"{name}.weight").detach()
-            penalties.mask_blocks_(weight, mask, self.targets[name].block_shape)
+        if self.phase is Phase.REGULARISE and self.regulariser.on_weights:
+            self.regulariser.shrink_(self._weights(), learning_rates(optimizer))
+        self._mask_weights()
         self.step += 1
         if self.step >= self.schedule.cut_step:
             self.cut()
         elif self.cfg.ramp == "cubic" and self.step in self.schedule.reweight_steps:
             self._prune_to(self.schedule.ramp_level(self.step))
 
-    def _refresh_factors(self) -> None:
-        due = self.step in self.schedule.reweight_steps
-        if self.factors and not (due and self.cfg.method == "reweighted_group_lasso"):
-            return
-        norms = self._norms()
-        if self.cfg.reg_lambda == "auto" and not self.strengths:
-            self._size_strengths(norms)
-        self.factors = {
-            name: ops.reweight(value, self.cfg.reweight_eps)
-            for name, value in norms.items()
-        }
-
-    def _size_strengths(self, norms: Mapping[str, torch.Tensor]) -> None:
-        steps = self.schedule.cut_step - self.step
-        for pool in self.pools:
-            for name, kept in select_masks(norms, pool, self.cfg).items():
-                weak = norms[name][~kept]
-                largest = float(weak.max()) if weak.numel() else 0.0
-                self.strengths[name] = penalties.automatic_strength(largest, steps)
-
-    def _shrink(self, rates: Mapping[int, float]) -> None:
-        proximal = self.cfg.penalty == "proximal"
-        apply = penalties.proximal_step_ if proximal else penalties.gradient_step_
-        for name, weight in self._weights().items():
-            target = self.targets[name]
-            if self.cfg.reg_lambda == "auto":
-                step = self.strengths[name]
-            else:
-                step = rates[id(weight)] * penalties.penalty_lambda(self.cfg, target)
-            if weight.requires_grad and step > 0:
-                apply(weight.detach(), self.factors[name], step, target.block_shape)
+    def _mask_weights(self) -> None:
+        weights = self._weights() if self.masks else {}
+        for name, mask in self.masks.items():
+            shape = self.targets[name].block_shape
+            penalties.mask_blocks_(weights[name].detach(), mask, shape)
 
     def _prune_to(self, level: float) -> None:
-        norms = self._norms()
+        norms = self.regulariser.norms(self._weights())
         bad = [name for name, value in norms.items() if not value.isfinite().all()]
         if bad:
             raise ValueError(
@@ -318,21 +262,4 @@ class BlockPruner:
             )
         for pool in self.pools:
             self.masks.update(select_masks(norms, pool, self.cfg, level))
-        for name, weight in self._weights().items():
-            shape = self.targets[name].block_shape
-            penalties.mask_blocks_(weight.detach(), self.masks[name], shape)
-
-    def _current_penalty(self) -> float:
-        if not self.factors or self.phase is not Phase.REGULARISE:
-            return 0.0
-        if self.cfg.penalty == "gradient":
-            return self._penalty
-        return sum(
-            penalties.penalty_value(
-                norms,
-                self.factors[name],
-                self.strengths.get(name)
-                or penalties.penalty_lambda(self.cfg, self.targets[name]),
-            )
-            for name, norms in self._norms().items()
-        )
+        self._mask_weights()

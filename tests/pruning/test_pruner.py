@@ -146,7 +146,7 @@ def test_factors_follow_the_weights_only_when_reweighted() -> None:
 
         def keep(step: int) -> None:
             if 2 <= step < 11:
-                seen.append(pruner.factors["0"].clone())
+                seen.append(pruner.regulariser.factors["0"].clone())
 
         train(model, optimizer, range(STEPS), keep)
         return seen
