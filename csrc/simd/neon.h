@@ -28,7 +28,9 @@ inline Vec select_gt(Vec a, Vec b, Vec x, Vec y) {
 // b where either operand is NaN, as on the other instruction sets.
 inline Vec min(Vec a, Vec b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 inline Vec max(Vec a, Vec b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
-inline Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
+// One fmla: this file is compiled with -ffp-contract=fast. GCC 12 takes vfmaq_f32 for a
+// call that may touch memory and stores all accumulators in every iteration.
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec round(Vec a) { return vrndnq_f32(a); }
 // 2^a for integral a in [-126, 127].
 inline Vec pow2(Vec a) {
@@ -59,7 +61,7 @@ inline void store8(float* p, Vec8 a) {
 }
 inline Vec8 add8(Vec8 a, Vec8 b) { return {add(a.low, b.low), add(a.high, b.high)}; }
 inline Vec8 fma8(Vec8 a, float b, Vec8 c) {
-  return {vfmaq_n_f32(c.low, a.low, b), vfmaq_n_f32(c.high, a.high, b)};
+  return {fma(a.low, set1(b), c.low), fma(a.high, set1(b), c.high)};
 }
 
 }  // namespace
