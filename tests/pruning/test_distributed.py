@@ -51,9 +51,14 @@ def test_two_processes_arrive_at_the_same_masks(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    for worker in workers:
-        errors = worker.communicate(timeout=300)[1]
-        assert worker.returncode == 0, errors.decode()
+    try:
+        for worker in workers:
+            errors = worker.communicate(timeout=300)[1]
+            assert worker.returncode == 0, errors.decode()
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
     first, second = (torch.load(tmp_path / f"rank{r}.pt") for r in range(2))
     assert sum(int((~first[name]).sum()) for name in ("0", "1")) == 410
     for name, value in first.items():
