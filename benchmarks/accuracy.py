@@ -19,12 +19,13 @@ from pathlib import Path
 
 from benchmarks import result
 
-#: Dense epochs, epochs of the pruning run, rows to train on.
-BUDGET = {"mrpc": (2, 2, None), "sst2": (2, 2, 8000)}
-SPARSITIES = (0.8, 0.5)
+#: Dense epochs and rows to train on.
+BUDGET = {"mrpc": (2, None), "sst2": (2, 8000)}
+#: Sparsity and epochs of the pruning run.
+SPARSITIES = {0.8: 2, 0.5: 1}
 BLOCKS = ("8,1", "16,4", "1,in/8")
 METHOD = ["--penalty", "proximal", "--lambda", "auto", "--ramp", "cubic",
-          "--phases", "0,0.5,0.5"]  # fmt: skip
+          "--phases", "0,0.4,0.6"]  # fmt: skip
 
 
 def name(task: str, sparsity: float, block: str) -> str:
@@ -34,20 +35,19 @@ def name(task: str, sparsity: float, block: str) -> str:
 def command(
     arguments: argparse.Namespace, task: str, sparsity: float, block: str
 ) -> list[str]:
-    epochs_dense, epochs, rows = BUDGET[task]
+    epochs_dense, rows = BUDGET[task]
     dense = arguments.runs / f"{task}-dense"
     options = ["prune", "--model", "minilm", "--task", task, "--resume", "--json",
                "--data", str(arguments.data), "--threads", str(arguments.threads),
                "--out", str(arguments.runs / name(task, sparsity, block)),
                "--sparsity", str(sparsity), "--block-shape", block,
-               "--epochs", str(epochs), "--seed", "0", *METHOD]  # fmt: skip
+               "--epochs", str(SPARSITIES[sparsity]), "--seed", "0", *METHOD]  # fmt: skip
     if rows:
         options += ["--max-train-samples", str(rows)]
-    first = sparsity == SPARSITIES[0] and block == BLOCKS[0]
-    if first:
-        options += ["--epochs-dense", str(epochs_dense), "--save-dense", str(dense)]
-    else:
+    if dense.exists():
         options += ["--dense-checkpoint", str(dense)]
+    else:
+        options += ["--epochs-dense", str(epochs_dense), "--save-dense", str(dense)]
     return [sys.executable, "-m", "pybsp.cli.main", *options]
 
 

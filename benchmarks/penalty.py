@@ -32,8 +32,8 @@ def prune(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
         [sys.executable, "-m", "pybsp.cli.main", "prune", "--model", "minilm",
          "--task", "sst2", "--resume", "--json", "--data", str(arguments.data),
          "--out", str(out), "--dense-checkpoint", str(arguments.runs / "sst2-dense"),
-         "--max-train-samples", "8000", "--epochs", "2", "--ramp", "one_shot",
-         "--phases", "0,0.6,0.4", "--threads", str(arguments.threads), *RUNS[name]],
+         "--max-train-samples", "8000", "--epochs", "1.5", "--ramp", "one_shot",
+         "--phases", "0,0.75,0.25", "--threads", str(arguments.threads), *RUNS[name]],
         check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     return result.keep(out, f"penalty/{name}", arguments)
