@@ -154,6 +154,8 @@ def block_sparse_linear(
             )
             return y
         if x.dtype is _float32 and values.is_cpu:
+            if bias is not None:
+                bias = _checked_bias(bias, out_features)
             _check_linear(x, W, bias, activation)
             product = _EagerProduct.apply(x, values, bias, W)  # type: ignore[no-untyped-call]
             return reference.ACTIVATIONS[activation](product)
