@@ -40,7 +40,7 @@ prompt 0
 label selftest
   kernel vmlinuz
   append initrd=initrd console=ttyS0 quiet mitigations=off \
-    noxsaves clearcpuid=xsavec -- --quick
+    noxsaves clearcpuid=xsavec
 CONFIG
 xorriso -as mkisofs -quiet -R -o "$work/boot.iso" -b isolinux.bin -c boot.cat \
   -no-emul-boot -boot-load-size 4 -boot-info-table "$work/iso" 2>/dev/null
