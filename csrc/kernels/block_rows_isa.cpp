@@ -98,7 +98,8 @@ void for_each_scaled(BlockRow shape, const float* scale, Body body, Tail tail) {
   const int64_t step = kChunk / shape.cols;
   for (int64_t j = 0; j < shape.blocks; j += step) {
     const int64_t blocks = smaller(step, shape.blocks - j);
-    for (int64_t k = 0; k < blocks; ++k) {
+    const float* by_column = shape.cols == 1 ? scale + j : spread;
+    for (int64_t k = 0; shape.cols > 1 && k < blocks; ++k) {
       for (int64_t i = 0; i < shape.cols; ++i) {
         spread[k * shape.cols + i] = scale[j + k];
       }
@@ -107,9 +108,9 @@ void for_each_scaled(BlockRow shape, const float* scale, Body body, Tail tail) {
     for (int64_t row = 0; row < shape.rows; ++row) {
       int64_t i = 0;
       for (; i + kLanes <= count; i += kLanes) {
-        body(row, j * shape.cols + i, load(spread + i));
+        body(row, j * shape.cols + i, load(by_column + i));
       }
-      for (; i < count; ++i) tail(row, j * shape.cols + i, spread[i]);
+      for (; i < count; ++i) tail(row, j * shape.cols + i, by_column[i]);
     }
   }
 }
