@@ -7,7 +7,7 @@
 #
 # KERNEL is a bzImage with a serial console built in; without it, the one of Debian's
 # linux-image-cloud-amd64 is fetched. Needs CMake, bochs, bochsbios, vgabios, xorriso,
-# isolinux, syslinux-common and cpio, by the names of Debian 12. Takes about ten minutes.
+# isolinux, syslinux-common and cpio, by the names of Debian 12. Takes a few minutes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 timeout_seconds=${TIMEOUT:-3600}
