@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from .distillation import DistillingTrainer, add_teacher_logits
 from .errors import WorkError
 from .glue import TaskData
 from .model_card import model_card
-from .models import load_classifier
+from .models import load_classifier, name_labels
+from .recipe import Recipe, Subject
 from .training import TRAINER_STATE, Features, Fit, encode, fit, predict
 from .workspace import RESULTS, Workspace, copy_folder, write_json
 
@@ -33,43 +34,6 @@ PICTURE = "kept_blocks.png"
 HISTOGRAM = "block_norms.png"
 #: Dev examples on which the packed model is compared with the dense one.
 COMPARED = 256
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How the two runs train and what is measured; the same optimizer for both.
-
-    ``distill`` is the weight of the dense model's outputs in the loss of the pruning
-    run. ``schedule`` of the learning rate there: ``"hold"`` keeps it up to the cut and
-    then lets it fall to zero, ``"restart"`` plays the fall once up to the cut and once
-    after it, as two separate runs would. ``checkpoints`` are written per run, for
-    resuming; ``seconds`` is spent timing.
-    """
-
-    epochs_dense: float
-    epochs: float
-    dense_learning_rate: float
-    learning_rate: float
-    batch_size: int
-    max_length: int
-    seed: int
-    distill: float
-    schedule: str = "hold"
-    checkpoints: int = 6
-    sequence: int = 128
-    seconds: float = 6.0
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is pruned: its name for people, and how to get a fresh copy.
-
-    ``dense`` names a checkpoint that is fine-tuned already.
-    """
-
-    name: str
-    load: Callable[[], tuple[Any, Any]]
-    dense: Path | None = None
 
 
 class Experiment:
@@ -119,7 +83,7 @@ class Experiment:
                     model, self.encode(tokenizer, train=True), tokenizer,
                     self.fit_settings("dense"), self.workspace.folder / "dense_run",
                 )  # fmt: skip
-                name_labels(model, self.data)
+                name_labels(model, self.data.task.labels)
                 self.workspace.write_folder(
                     "dense",
                     lambda part: (
@@ -174,29 +138,11 @@ class Experiment:
             return {
                 "scores": self.score(model, tokenizer),
                 "seconds": round(time.perf_counter() - started, 1),
-                **self.count(model),
+                **reporting.counts(model_sparsity(model), self.config.target_sparsity),
             }
 
         self.workspace.once("pruned", work)
         return folder
-
-    def count(self, model: PreTrainedModel) -> dict[str, Any]:
-        """The pruned layers and the sparsity over them."""
-        sparsity = model_sparsity(model)
-        weights = sum(layer.weights for layer in sparsity.pruned_layers)
-        zeros = sum(layer.zeros for layer in sparsity.pruned_layers)
-        layers = reporting.layers(sparsity)
-        return {
-            "layers": layers,
-            "sparsity": {
-                "target": self.config.target_sparsity,
-                "reached": round(zeros / weights, 6),
-                "counted": f"the {weights:,} weights of {len(layers)} linear layers",
-                "weights": weights,
-                "parameters": sparsity.parameters,
-                "of_all_parameters": round(zeros / sparsity.parameters, 6),
-            },
-        }
 
     def magnitude_cut(self, model: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:
         """Scores of the dense model cut by block norms alone, with no training."""
@@ -228,7 +174,7 @@ class Experiment:
             "files": measurement.file_sizes(folder, [row["name"] for row in layers]),
             "latency": measurement.latency(
                 dense, packed, batch=1, sequence=self.recipe.sequence, threads=1,
-                seconds=self.recipe.seconds,
+                seconds=self.recipe.seconds, onnx=self.recipe.onnx,
             ),
             "architecture": type(packed).__name__,
         }  # fmt: skip
@@ -339,10 +285,3 @@ class Experiment:
         reporting.save_norm_histograms(results["block_norms"], folder / HISTOGRAM)
         (folder / "README.md").write_text(model_card(results), encoding="utf-8")
         write_json(folder / RESULTS, results)
-
-
-def name_labels(model: PreTrainedModel, data: TaskData) -> None:
-    """Put the task's class names where pipelines look for them."""
-    if data.task.labels:
-        model.config.id2label = dict(enumerate(data.task.labels))
-        model.config.label2id = {name: i for i, name in enumerate(data.task.labels)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,13 @@ def check_outputs(checkpoint: Path | None, outputs: int) -> None:
             f"the dense checkpoint {checkpoint} has {found} outputs, the task needs "
             f"{outputs}: it is fine-tuned on another task"
         )
+
+
+def name_labels(model: Any, labels: Sequence[str]) -> None:
+    """Put the task's class names where pipelines look for them."""
+    if labels:
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {name: i for i, name in enumerate(labels)}
 
 
 def quiet() -> None:

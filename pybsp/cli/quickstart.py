@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import corpus
+from .arguments import positive_int
 from .main import Result
 from .models import find_packaged, load_classifier
 
 if TYPE_CHECKING:
-    from .experiment import Recipe, Subject
     from .glue import TaskData
+    from .recipe import Recipe, Subject
 
 SPARSITY = 0.8
 BLOCK_SHAPE = (8, 1)
@@ -55,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, metavar="N",
         help="of the data, the order and the initial weights (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--threads", type=positive_int, metavar="N",
+        help="torch threads while training (default: torch's); one is faster than two "
+        "on a busy machine. Latency is always taken with one",
+    )  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
 
 
@@ -71,6 +77,10 @@ def run(arguments: argparse.Namespace) -> Result:
     finished_results(out, options, resume=False)
     data = corpus.load(size.train, size.dev, arguments.seed)
     tell(data, packaged)
+    if arguments.threads:
+        import torch
+
+        torch.set_num_threads(arguments.threads)
     with Workspace(out, options, resume=True) as workspace:
         from .experiment import Experiment
 
@@ -99,7 +109,7 @@ def tell(data: TaskData, packaged: Path | None) -> None:
 
 
 def subject(packaged: Path | None, data: TaskData, size: Size, seed: int) -> Subject:
-    from .experiment import Subject
+    from .recipe import Subject
 
     def load() -> tuple[Any, Any]:
         if packaged is not None:
@@ -132,7 +142,7 @@ PRUNING: dict[str, Any] = {"ramp": "cubic", "phases": (0.0, 0.4, 0.6)}
 
 
 def recipe(size: Size, seed: int) -> Recipe:
-    from .experiment import Recipe
+    from .recipe import Recipe
 
     return Recipe(
         epochs_dense=size.epochs_dense,

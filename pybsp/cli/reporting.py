@@ -76,17 +76,30 @@ def latency_table(latency: Mapping[str, Any]) -> Table:
     return table
 
 
-def layers(sparsity: ModelSparsity) -> list[dict[str, Any]]:
-    """The pruned layers as plain data."""
-    return [
-        {
-            "name": layer.name,
-            "shape": list(layer.shape),
-            "block_shape": list(layer.block_shape or ()),
-            "density": round(1 - layer.zero_blocks / layer.blocks, 6),
-        }
-        for layer in sparsity.pruned_layers
-    ]
+def counts(sparsity: ModelSparsity, target: float) -> dict[str, Any]:
+    """The pruned layers and the sparsity over them, as plain data."""
+    pruned = sparsity.pruned_layers
+    weights = sum(layer.weights for layer in pruned)
+    zeros = sum(layer.zeros for layer in pruned)
+    return {
+        "sparsity": {
+            "target": target,
+            "reached": round(zeros / weights, 6),
+            "counted": f"the {weights:,} weights of {len(pruned)} linear layers",
+            "weights": weights,
+            "parameters": sparsity.parameters,
+            "of_all_parameters": round(zeros / sparsity.parameters, 6),
+        },
+        "layers": [
+            {
+                "name": layer.name,
+                "shape": list(layer.shape),
+                "block_shape": list(layer.block_shape or ()),
+                "density": round(1 - layer.zero_blocks / layer.blocks, 6),
+            }
+            for layer in pruned
+        ],
+    }
 
 
 def layer_table(rows: list[dict[str, Any]]) -> Table:

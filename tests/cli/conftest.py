@@ -107,7 +107,7 @@ def prune_arguments(model: Path, data: Path, out: Path, *more: object) -> list[s
         "--threads",
         "1",
     ]
-    options += ["--seconds", "0.1"]
+    options += ["--seconds", "0.1", "--no-onnx"]
     return [str(option) for option in (*options, *more)]
 
 

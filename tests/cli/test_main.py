@@ -23,7 +23,7 @@ def test_help_names_every_command(cli):
          "--method --epochs-dense --epochs --lr --batch-size --max-length --seed "
          "--max-train-samples --threads --dense-checkpoint --save-dense --resume "
          "--distill --schedule --seconds --json"),
-        ("quickstart", "--out --from-scratch --seed --json"),
+        ("quickstart", "--out --from-scratch --seed --threads --json"),
         ("bench", "DIR --batch --seq --threads --no-onnx --json"),
         ("check", "DIR --tokens --json"),
         ("pack", "DIR --out --block-shape --json"),

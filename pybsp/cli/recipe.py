@@ -1,0 +1,46 @@
+"""How an experiment trains, and what it prunes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the two runs train and what is measured; the same optimizer for both.
+
+    ``distill`` is the weight of the dense model's outputs in the loss of the pruning
+    run. ``schedule`` of the learning rate there: ``"hold"`` keeps it up to the cut and
+    then lets it fall to zero, ``"restart"`` plays the fall once up to the cut and once
+    after it, as two separate runs would. ``checkpoints`` are written per run, for
+    resuming; ``seconds`` is spent timing.
+    """
+
+    epochs_dense: float
+    epochs: float
+    dense_learning_rate: float
+    learning_rate: float
+    batch_size: int
+    max_length: int
+    seed: int
+    distill: float
+    schedule: str = "hold"
+    checkpoints: int = 6
+    sequence: int = 128
+    seconds: float = 6.0
+    onnx: bool = True
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is pruned: its name for people, and how to get a fresh copy.
+
+    ``dense`` names a checkpoint that is fine-tuned already.
+    """
+
+    name: str
+    load: Callable[[], tuple[Any, Any]]
+    dense: Path | None = None
