@@ -89,7 +89,7 @@ def activation_of(function: Any) -> str | None:
         return None
     probe = torch.linspace(-40.0, 40.0, 4001)
     with torch.no_grad():
-        result = function(probe)
+        result = function(probe.clone())  # it may work in place
         if not isinstance(result, torch.Tensor) or result.shape != probe.shape:
             return None
         for name, formula in ACTIVATIONS.items():

@@ -77,6 +77,18 @@ def test_activations_are_known_by_what_they_compute(function, name):
     assert activation_of(function) == name
 
 
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (nn.ReLU6(inplace=True), None),
+        (nn.Hardtanh(0.0, 3.0, inplace=True), None),
+        (nn.SiLU(inplace=True), "silu"),
+    ],
+)
+def test_an_activation_that_works_in_place_is_told_apart(function, name):
+    assert activation_of(function) == name
+
+
 @pytest.mark.parametrize("activation", [nn.GELU(), F.gelu, nn.ReLU(), nn.SiLU()])
 @pytest.mark.parametrize("kind", [Intermediate, FeedForward])
 def test_fusing_keeps_the_result_and_is_undone(kind, activation):
