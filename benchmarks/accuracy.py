@@ -41,7 +41,8 @@ def command(
                "--data", str(arguments.data), "--threads", str(arguments.threads),
                "--out", str(arguments.runs / name(task, sparsity, block)),
                "--sparsity", str(sparsity), "--block-shape", block,
-               "--epochs", str(SPARSITIES[sparsity]), "--seed", "0", *METHOD]  # fmt: skip
+               "--epochs", str(SPARSITIES[sparsity]), "--seed", "0",
+               *METHOD]  # fmt: skip
     if rows:
         options += ["--max-train-samples", str(rows)]
     if dense.exists():

@@ -51,7 +51,11 @@ def onnxruntime_linear(
         ],
         "linear",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x.shape))],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [
+            helper.make_tensor_value_info(
+                "y", TensorProto.FLOAT, [x.shape[0], weight.shape[0]]
+            )
+        ],
         [
             numpy_helper.from_array(weight.t().contiguous().numpy(), "w"),
             numpy_helper.from_array(bias.numpy(), "b"),

@@ -36,7 +36,13 @@ def block_text(run: dict[str, Any]) -> str:
 
 
 def score(run: dict[str, Any], stage: str) -> str:
-    return f"{100 * run['scores'][stage][run['metric']]:.1f}"
+    """The task's metrics in percent, all of them: F1 alone hides a constant answer."""
+    found = run["scores"][stage]
+    return " / ".join(f"{100 * found[metric]:.1f}" for metric in run["task"]["metrics"])
+
+
+def metric_names(run: dict[str, Any]) -> str:
+    return " / ".join(METRICS.get(name, name) for name in run["task"]["metrics"])
 
 
 def order(run: dict[str, Any]) -> tuple[Any, ...]:
@@ -62,7 +68,7 @@ def accuracy() -> str:
         ]
         rows.append(
             [
-                f"{run['task']['name']} ({METRICS.get(run['metric'], run['metric'])})",
+                f"{run['task']['name']} ({metric_names(run)})",
                 f"{run['sparsity']['reached']:.0%}",
                 block_text(run),
                 score(run, "dense"),

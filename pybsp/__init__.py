@@ -1,4 +1,4 @@
-"""Block-sparse transformers: prune in hardware-friendly blocks, run faster on the CPU."""
+"""Block-sparse transformers: prune in hardware-friendly blocks, run faster on CPUs."""
 
 from __future__ import annotations
 

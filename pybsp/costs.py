@@ -66,7 +66,8 @@ def linear_cost(
     blocks = round(round(density / DENSITY_STEP) * DENSITY_STEP * grid[0] * grid[1])
     kept = max(1, blocks) if density > 0 else 0
     threads = torch.get_num_threads()
-    return _measure(shape, block_shape, kept, tokens, activation, threads)
+    isa = ops.active_isa()
+    return _measure(shape, block_shape, kept, tokens, activation, threads, isa)
 
 
 @functools.cache
@@ -77,6 +78,7 @@ def _measure(
     tokens: int,
     activation: str | None,
     threads: int,  # noqa: ARG001 (part of the key)
+    isa: str,  # noqa: ARG001 (likewise)
 ) -> Cost:
     generator = torch.Generator().manual_seed(0)
     grid = grid_shape(shape, block_shape)

@@ -96,8 +96,8 @@ class BlockSparseMatrix:
                 f"{tensor.layout} with {tensor.dim()} dimensions"
             )
         return cls(
-            tensor.crow_indices(),
-            tensor.col_indices(),
+            tensor.crow_indices().clone(),
+            tensor.col_indices().clone(),
             tensor.values(),
             (tensor.shape[0], tensor.shape[1]),
         )
@@ -105,8 +105,9 @@ class BlockSparseMatrix:
     def to_bsr(self) -> torch.Tensor:
         """As a ``torch.sparse_bsr`` tensor with contiguous blocks."""
         return torch.sparse_bsr_tensor(
-            self.crow_indices,
-            self.col_indices,
+            # Copies: the indices of this matrix have been checked and must not change.
+            self.crow_indices.clone(),
+            self.col_indices.clone(),
             self.values.detach().contiguous(),
             size=self.shape,
             check_invariants=False,  # checked when this matrix was made

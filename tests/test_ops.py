@@ -310,3 +310,36 @@ def test_backward_runs_in_threads_at_once() -> None:
     expected = W.to_dense().sum(0)
     for x in inputs:
         torch.testing.assert_close(x.grad, expected.expand(9, 18))
+
+
+class Tagged(torch.Tensor):
+    """A tensor class of its own."""
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, lambda x: x.as_subclass(Tagged)])
+@pytest.mark.parametrize("grad", [True, False])
+def test_parameters_and_tensor_classes_as_input(kind: Any, grad: bool) -> None:
+    W = BlockSparseMatrix.from_dense(torch.randn(16, 8), (8, 1))
+    x = torch.randn(3, 8)
+    with torch.set_grad_enabled(grad):
+        y = ops.block_sparse_linear(kind(x), W)
+    assert torch.equal(
+        y.detach().as_subclass(torch.Tensor), ops.block_sparse_linear(x, W)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWarning")
+def test_those_who_expect_operators_see_one() -> None:
+    from torch.autograd import forward_ad
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    W = BlockSparseMatrix.from_dense(torch.randn(16, 8), (8, 1))
+    x = torch.randn(3, 8)
+    graph = make_fx(lambda x: ops.block_sparse_linear(x, W))(x)
+    assert torch.equal(graph(x * 2), ops.block_sparse_linear(x * 2, W))
+    negative = torch._neg_view(x)
+    assert torch.equal(ops.block_sparse_linear(negative, W),
+                       ops.block_sparse_linear(-x, W))  # fmt: skip
+    # A tangent that silently vanishes would be worse.
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="forward-mode"):
+        ops.block_sparse_linear(forward_ad.make_dual(x, x), W)

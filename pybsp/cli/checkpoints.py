@@ -62,7 +62,7 @@ def load_dense(folder: Path) -> Any:
     quiet()
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise WorkError(f"cannot read {folder / CONFIG}: {one_line(error)}") from error
     if record is not None:
         del config.quantization_config
@@ -96,5 +96,8 @@ def _load(folder: Path, **options: Any) -> Any:
         return model_class.from_pretrained(
             folder, dtype=torch.float32, **options
         ).eval()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError,
+        SafetensorError,
+    ) as error:  # fmt: skip
         raise WorkError(f"cannot load {folder}: {one_line(error)}") from error

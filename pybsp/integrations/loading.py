@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..blocks import BlockShape
-from ..nn.linear import FIELDS, BlockSparseLinear
+from ..nn.linear import BlockSparseLinear
 from .packed_file import PACKED_FILE, PackedLayer, dense_files, same_weights
 
 logger = logging.getLogger(__name__)
@@ -57,17 +57,6 @@ def check_record(
                 f"block shape {expected} in the one, {found} in the other; save the "
                 "model again"
             )
-
-
-def dense_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """``model.state_dict()`` with every packed layer as the ``weight`` of nn.Linear."""
-    state = dict(model.state_dict())
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, BlockSparseLinear):
-            for field in FIELDS:
-                del state[f"{name}.{field}"]
-            state[f"{name}.weight"] = module.weight.detach()
-    return state
 
 
 def prepare_layers(

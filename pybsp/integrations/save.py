@@ -48,6 +48,7 @@ def save_packed(model: nn.Module, path: str | Path, dense: bool = True) -> Path:
     """
     from transformers import PreTrainedModel
 
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             "save_packed writes checkpoints of transformers and needs its "
@@ -80,16 +81,12 @@ def save_packed(model: nn.Module, path: str | Path, dense: bool = True) -> Path:
 
 def packed_matrices(model: nn.Module) -> dict[str, BlockSparseMatrix]:
     """The weights that are stored packed, by layer name."""
-    matrices = {
-        name: module.matrix
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, BlockSparseLinear)
-    }
-    if matrices:
-        return matrices
+    matrices: dict[str, BlockSparseMatrix] = {}
     for plan in plan_packing(model):
         report = plan.report
-        if report.packed and report.packed_bytes < report.dense_bytes:
+        if plan.linear is None or (
+            report.packed and report.packed_bytes < report.dense_bytes
+        ):
             matrix = plan.matrix()
             matrices.update(dict.fromkeys(plan.names, matrix))
     if not matrices:

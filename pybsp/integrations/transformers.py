@@ -30,7 +30,6 @@ from ..nn.plan import NothingToPack
 from .loading import (
     check_loaded,
     check_record,
-    dense_state_dict,
     prepare_layers,
     settle_files,
 )
@@ -82,6 +81,16 @@ class BlockSparseConfig(QuantizationConfigMixin):
                 f"{format!r}: save the model again"
             )
         notes.pop("quant_method", None)
+        version = notes.get("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"quantization_config has format_version {version!r} and this pybsp "
+                f"reads {FORMAT_VERSION}: install the version of pybsp that wrote it"
+            )
+        if isinstance(min_gain, bool) or not isinstance(min_gain, (int, float)):
+            raise ValueError(
+                f"quantization_config.min_gain must be a number; got {min_gain!r}"
+            )
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.format = format
         self.block_shape = (
@@ -182,7 +191,7 @@ class BlockSparseHfQuantizer(HfQuantizer):
         self, model: nn.Module
     ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The dense state, so that ``save_pretrained`` writes what any reader loads."""
-        return dense_state_dict(model), {}
+        return dict(model.state_dict()), {}
 
     def _dequantize(
         self, model: nn.Module, dtype: torch.dtype | str | None = None

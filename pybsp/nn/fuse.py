@@ -6,6 +6,7 @@ its own over ``(tokens, intermediate)``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,10 @@ def fuse_(model: nn.Module) -> list[str]:
     Only relu, gelu, its tanh form and silu are fused, and only into packed layers.
     """
     fused = []
+    # A layer that two modules share would compute the activation for both.
+    owners = Counter(
+        id(child) for module in model.modules() for child in module.children()
+    )
     for name, parent in model.named_modules():
         for children, layer_name, activation_name in _ARCHITECTURES:
             # A plain function as the activation is an attribute and not a child.
@@ -54,6 +59,7 @@ def fuse_(model: nn.Module) -> list[str]:
             if (
                 isinstance(layer, BlockSparseLinear)
                 and layer.activation is None
+                and owners[id(layer)] == 1
                 and original is not None
                 and (activation := activation_of(original)) is not None
             ):

@@ -206,6 +206,20 @@ class BlockSparseLinear(nn.Module):
         # The matrix holds a native handle; a copy or an unpickled module makes its own.
         return {**self.__dict__, "_matrix": None, "_address": 0}
 
+    def _save_to_state_dict(
+        self, destination: Any, prefix: str, keep_vars: bool
+    ) -> None:
+        """The dense ``weight`` of an ``nn.Linear``, so that whatever saves this state
+        writes a checkpoint that is right without pybsp; ``save_packed`` writes packed
+        fields. Only an unloaded layer, on meta, names the fields it waits for."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight_values.is_meta:
+            return
+        for field in FIELDS:
+            del destination[prefix + field]
+        weight = self.weight
+        destination[f"{prefix}weight"] = weight if keep_vars else weight.detach()
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any
     ) -> None:

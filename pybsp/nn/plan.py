@@ -30,14 +30,17 @@ class NothingToPack(ValueError):
 class LayerPlan:
     """One linear layer, every name it has in the model, and what to do with it.
 
-    ``linear`` is None for a layer that is packed already.
+    ``linear`` is None for a layer that is ``packed`` already.
     """
 
     names: tuple[str, ...]
     linear: nn.Linear | None
     report: LayerReport
+    packed: BlockSparseLinear | None = None
 
     def matrix(self) -> BlockSparseMatrix:
+        if self.packed is not None:
+            return self.packed.matrix
         assert self.linear is not None
         assert self.report.block_shape is not None
         return BlockSparseMatrix.from_dense(self.linear.weight, self.report.block_shape)
@@ -69,7 +72,8 @@ def plan_packing(
     plans = []
     for names, module in _linear_layers(model):
         if isinstance(module, BlockSparseLinear):
-            plans.append(LayerPlan(names, None, _report_packed(names[0], module)))
+            report = _report_packed(names[0], module)
+            plans.append(LayerPlan(names, None, report, module))
             continue
         reason = _why_not(model, names, module, foreign)
         if reason is None:

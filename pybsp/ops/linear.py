@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import _core, reference
 
@@ -17,6 +18,8 @@ _get_num_threads = torch.get_num_threads
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_tracing = torch._C._is_tracing
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_transforming = torch._C._are_functorch_transforms_active
 
 
 def check_activation(activation: str | None) -> None:
@@ -106,62 +109,83 @@ def block_sparse_linear(
     ``torch.compile`` and ``torch.export``.
     """
     if (
-        type(x) is torch.Tensor
+        not _is_compiling()
+        and type(x) is torch.Tensor
         and x.is_cpu
-        and not _is_compiling()
+        and not x.is_neg()
         and not _is_tracing()
+        and not _dispatch_modes()
+        and not _is_transforming()
+        and forward_ad._current_level < 0
     ):
         # The eager call without gradients: a few microseconds in all, most of them the
         # allocation of y, so neither the dispatcher nor a helper stands in its way.
+        # What expects to see operators (tracers, modes, functorch, forward-mode AD)
+        # goes through the operator.
         try:
             values, pattern, (out_features, in_features) = W.values, W.pattern, W.shape
         except AttributeError:
             return block_sparse_linear(x, _from_bsr(W), bias, activation)
-        if x.dtype is _float32 and not (
-            _is_grad_enabled()
-            and (
-                x.requires_grad
-                or values.requires_grad
-                or (
-                    bias is not None and _checked_bias(bias, out_features).requires_grad
-                )
-            )
+        shape = x.shape
+        if (
+            x.dtype is not _float32
+            or not values.is_cpu
+            or not shape
+            or shape[-1] != in_features
+            or activation not in _CODES
         ):
-            shape = x.shape
-            if (
-                not shape
-                or shape[-1] != in_features
-                or activation not in _CODES
-                or not values.is_cpu
-            ):
-                _check_linear(x, W, bias, activation)
-            if bias is None:
-                bias_address = 0
-            else:
-                bias = _checked_bias(bias, out_features)
-                bias_address = bias.data_ptr()
-            x = x.contiguous()
-            # Not torch.empty, which follows the default dtype and device.
-            y = x.new_empty((*shape[:-1], out_features))
-            pattern.multiply(
-                values.data_ptr(),
-                x.data_ptr(),
-                y.numel() // out_features,
-                bias_address,
-                _CODES[activation],
-                y.data_ptr(),
-                _get_num_threads(),
-            )
-            return y
-        if x.dtype is _float32 and values.is_cpu:
-            if bias is not None:
-                bias = _checked_bias(bias, out_features)
             _check_linear(x, W, bias, activation)
+            return _block_sparse_linear_dispatched(x, W, bias, activation)
+        bias_address = 0
+        if bias is not None:
+            bias = _checked_bias(bias, out_features)
+            bias_address = bias.data_ptr()
+        if _is_grad_enabled() and (
+            x.requires_grad
+            or values.requires_grad
+            or (bias is not None and bias.requires_grad)
+        ):
             product = _EagerProduct.apply(x, values, bias, W)  # type: ignore[no-untyped-call]
             return reference.ACTIVATIONS[activation](product)
-    elif type(x).__module__ == "numpy":
+        x = x.contiguous()
+        # Not torch.empty, which follows the default dtype and device.
+        y = x.new_empty((*shape[:-1], out_features))
+        pattern.multiply(
+            values.data_ptr(),
+            x.data_ptr(),
+            y.numel() // out_features,
+            bias_address,
+            _CODES[activation],
+            y.data_ptr(),
+            _get_num_threads(),
+        )
+        return y
+    if type(x).__module__ == "numpy":
         return _block_sparse_linear_numpy(x, W, bias, activation)
     return _block_sparse_linear_dispatched(x, W, bias, activation)
+
+
+def _multiply(
+    pattern: Any,
+    x: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: int,
+    out_features: int,
+) -> torch.Tensor:
+    """The native call on checked tensors, outside of the eager call's hot path."""
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], out_features))
+    pattern.multiply(
+        values.data_ptr(),
+        x.data_ptr(),
+        y.numel() // out_features,
+        0 if bias is None else bias.data_ptr(),
+        activation,
+        y.data_ptr(),
+        _get_num_threads(),
+    )
+    return y
 
 
 class _Matrix(NamedTuple):
@@ -293,6 +317,15 @@ def block_sparse_linear_fields(
     activation: str | None = None,
 ) -> torch.Tensor:
     """``block_sparse_linear`` on the tensors: what compile and export see."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a torch tensor; got {type(x).__name__}")
+    if forward_ad._current_level >= 0:
+        tangent = forward_ad.unpack_dual(x).tangent  # type: ignore[no-untyped-call]
+        if tangent is not None:
+            raise ValueError(
+                "block_sparse_linear has no forward-mode derivative and x carries a "
+                "tangent; use reverse mode, or W.to_dense()"
+            )
     check_activation(activation)
     if x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
         x = x.float()
@@ -336,10 +369,11 @@ def _block_sparse_linear(
         return reference.block_sparse_linear(
             x, crow_indices, col_indices, values, shape, bias, name
         )
+    # The caller's x may be a parameter or of a class of its own.
+    x = x.detach().as_subclass(torch.Tensor).resolve_neg()
     values = column_major_blocks(values)
-    matrix = _matrix(crow_indices, col_indices, values, shape)
-    y: torch.Tensor = block_sparse_linear(x, matrix, bias, name)
-    return y
+    pattern = bind_pattern(crow_indices, col_indices, values, shape)
+    return _multiply(pattern, x, values, bias, _CODES[name], out_features)
 
 
 @_block_sparse_linear.register_fake
@@ -395,9 +429,7 @@ class _EagerProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, values, W.crow_indices, W.col_indices)
         ctx.shape = W.shape
-        # Without gradients here, so this is the plain call.
-        y: torch.Tensor = block_sparse_linear(x, W, bias)
-        return y
+        return _multiply(W.pattern, x, values, bias, _CODES[None], W.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -14,7 +14,7 @@ from ..blocks import BlockShape, BlockShapeSpec, grid_shape, resolve_block_shape
 from .hooks import StepHooks, inner_optimizer, learning_rates
 from .penalty import block_norms, mask_blocks_
 from .record import recorded_block_shape
-from .targets import linear_modules, unwrap_model
+from .targets import check_not_packed, linear_modules, unwrap_model
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ def preserve_sparsity(
         if entry is not None:
             kept.append(entry)
     if not kept:
+        check_not_packed(model)
         raise ValueError(
             "no linear layer that the optimizer trains has zeros to preserve; load the "
             "pruned checkpoint first, or check block_shape"

@@ -103,6 +103,7 @@ def select_targets(model: nn.Module, cfg: BlockPruningConfig) -> list[Target]:
         if module.weight.requires_grad and len(shared[id(module.weight)]) == 1:
             matched[name] = module
     if not matched:
+        check_not_packed(model)
         raise ValueError(_nothing_matched(linears, cfg))
     _check_overrides_match(matched, cfg)
     return [
@@ -188,6 +189,16 @@ def _check_overrides_match(
                 f"overrides[{pattern!r}] matches none of the {len(matched)} targeted "
                 f"modules, such as {next(iter(matched))!r}"
             )
+
+
+def check_not_packed(model: nn.Module) -> None:
+    """``ValueError`` for a model whose pruned layers are packed already."""
+    if any("weight_crow_indices" in module._buffers for module in model.modules()):
+        raise ValueError(
+            "the model's pruned layers are packed: only their kept blocks exist and "
+            "train; call model.dequantize() or pybsp.nn.unpack_(model) first to work "
+            "on dense weights"
+        )
 
 
 def _nothing_matched(linears: Mapping[str, nn.Linear], cfg: BlockPruningConfig) -> str:

@@ -446,15 +446,38 @@ def test_packing_a_model_lets_it_save_and_dequantize(tmp_path):
     assert torch.equal(output(model), expected)
 
 
-def test_a_model_packed_in_part_is_recognised(tmp_path):
-    """Packing model.bert leaves packed names in what the whole model saves."""
+def pack_base(model):
+    pack_(model.bert, min_gain=0)
+
+
+def pack_wrapped(model):
+    pack_(nn.Sequential(model), min_gain=0)
+
+
+def pack_one_by_hand(model):
+    name = "bert.encoder.layer.0.output.dense"
+    layer = BlockSparseLinear.from_linear(model.get_submodule(name), (8, 1))
+    model.set_submodule(name, layer)
+
+
+@pytest.mark.parametrize("pack", [pack_base, pack_wrapped, pack_one_by_hand])
+@pytest.mark.parametrize("save", ["save_pretrained", "save_packed"])
+def test_a_model_packed_behind_its_back_saves_what_anyone_loads(tmp_path, pack, save):
+    """Whatever was packed, and whoever was told: never weights that nobody finds."""
     model = pruned()
     expected = output(model)
-    pack_(model.bert, min_gain=0)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert len(packed_layers(loaded)) == 12
+    pack(model)
+    if save == "save_packed":
+        pybsp.save_packed(model, tmp_path)
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+        assert len(packed_layers(loaded)) == 12
+    else:
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert_same(loaded, expected)
+    plain = load_file(tmp_path / "model.safetensors")
+    assert not [key for key in plain if "weight_values" in key]
+    assert set(plain) == set(pruned().state_dict())
 
 
 def test_copies(tmp_path):

@@ -139,3 +139,22 @@ def test_not_fused_when_somebody_watches_the_activation():
     assert pack_(model, min_gain=0).fused == ()
     model["parent"](torch.randn(3, 16))
     assert len(seen) == 1
+
+
+def test_a_layer_that_two_modules_share_is_not_fused() -> None:
+    """Its activation would be computed twice in the second."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(hidden_size=32, intermediate_size=64, num_attention_heads=2,
+                        num_hidden_layers=2, vocab_size=50)  # fmt: skip
+    model = BertModel(config).eval()
+    layers = model.encoder.layer
+    with torch.no_grad():
+        layers[0].intermediate.dense.weight[8:] = 0
+    layers[1].intermediate.dense = layers[0].intermediate.dense
+    ids = torch.arange(6)[None]
+    with torch.inference_mode():
+        expected = model(ids)[0]
+        pack_(model, block_shape=(8, 1), min_gain=0)
+        assert layers[0].intermediate.dense.activation is None
+        torch.testing.assert_close(model(ids)[0], expected)

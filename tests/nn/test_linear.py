@@ -172,9 +172,19 @@ def test_to_linear():
     assert back.pybsp_block_shape == (8, 1)
 
 
-def test_state_dict_has_bsr_names_and_loads_back():
-    layer = BlockSparseLinear.from_linear(pruned_linear(), (8, 1))
-    assert set(layer.state_dict()) == {*FIELDS, "bias"}
+def packed_state(layer):
+    """The layer's tensors by name, as packed files hold them."""
+    state = {name: getattr(layer, name).detach() for name in FIELDS}
+    return {**state, "bias": layer.bias.detach()}
+
+
+def test_state_dict_is_the_dense_one_and_loads_back():
+    linear = pruned_linear()
+    layer = BlockSparseLinear.from_linear(linear, (8, 1))
+    assert set(layer.state_dict()) == {"weight", "bias"}
+    assert torch.equal(layer.state_dict()["weight"], linear.weight)
+    assert layer.state_dict(keep_vars=True)["weight"].requires_grad
+    nn.Linear(16, 24).load_state_dict(layer.state_dict())
     twin = BlockSparseLinear.from_linear(pruned_linear(), (8, 1))
     with torch.no_grad():
         twin.weight_values.mul_(3)
@@ -191,7 +201,7 @@ def test_state_dict_with_another_pattern_and_block_shape(assign):
     x = torch.randn(3, 16)
     with torch.inference_mode():
         layer(x)
-    state = {key: value.contiguous() for key, value in source.state_dict().items()}
+    state = {key: value.contiguous() for key, value in packed_state(source).items()}
     state["weight_col_indices"] = state["weight_col_indices"].to(torch.int16)
     model = nn.Sequential(layer)
     model.load_state_dict({f"0.{k}": v for k, v in state.items()}, assign=assign)
@@ -227,7 +237,7 @@ def test_loads_a_dense_state():
 )
 def test_hostile_state_changes_nothing(field, harm, message):
     layer = BlockSparseLinear.from_linear(pruned_linear(), (8, 1))
-    state = layer.state_dict()
+    state = packed_state(layer)
     before = layer.weight.detach().clone()
     if harm is None:
         del state[field]
