@@ -12,8 +12,8 @@ namespace {
 
 // e^a for a <= 0; zero under -87.3, where the result would no longer be a normal float
 // (so that no tail is left that a huge factor could lift). Cody-Waite reduction
-// a = n ln 2 + r, |r| <= ln 2 / 2, and a degree-6 polynomial fitted to e^r with relative
-// error 3e-9.
+// a = n ln 2 + r, |r| <= ln 2 / 2, and a degree-6 polynomial fitted to e^r with
+// relative error 3e-9.
 inline Vec exp(Vec exponent) {
   const Vec a = max(exponent, set1(-87.3f));
   Vec n = round(mul(a, set1(1.44269504f)));
