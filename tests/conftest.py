@@ -41,6 +41,15 @@ def pytest_report_header() -> list[str]:
     ]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _away_from_the_sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Programs that tests start look for modules in the current folder first, and the
+    source tree has no compiled module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("away"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         arguments = build_parser(argv).parse_args(argv)
+        arguments.line = shlex.join(["pybsp", *argv])
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else WRONG_USAGE
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ __all__ = ["add_arguments", "run"]
 
 #: Options that say where to write and how fast to run, not what comes out.
 NOT_RESULTS = (
+    "line",
     "out",
     "save_dense",
     "resume",
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> Result:
 
             finished = Experiment(
                 subject, data, config, recipe(arguments), workspace,
-                command=shlex.join(["pybsp", *sys.argv[1:]]),
+                command=arguments.line,
             ).run(arguments.save_dense)  # fmt: skip
     else:
         print(f"{out} is finished already; these are its results", file=sys.stderr)

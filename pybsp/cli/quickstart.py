@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +89,7 @@ def run(arguments: argparse.Namespace) -> Result:
             pruning_config(),
             recipe(size, arguments.seed),
             workspace,
-            command=shlex.join(["pybsp", *sys.argv[1:]]),
+            command=arguments.line,
         ).run()
     from .reporting import results_table
 

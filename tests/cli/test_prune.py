@@ -34,7 +34,7 @@ def test_results_are_complete(results):
     for stage in ("dense", "magnitude_cut", "after_cut", "final", "packed"):
         assert 0 <= scores[stage]["accuracy"] <= 1
     assert scores["packed"] == scores["final"]
-    assert results["command"].startswith("pybsp ")
+    assert results["command"].startswith("pybsp prune --model ")
     assert {"python", "torch", "pybsp"} <= set(results["environment"]["versions"])
     for key in ("cpu", "isa", "threads", "cores"):
         assert results["environment"][key]
