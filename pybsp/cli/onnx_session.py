@@ -39,7 +39,7 @@ def session(
 
     ``model`` is a dense transformers model; it is left as it was.
     """
-    import onnxruntime  # type: ignore[import-untyped, unused-ignore]
+    import onnxruntime
 
     names = tuple(inputs)
     buffer = io.BytesIO()
