@@ -37,7 +37,7 @@ class Size:
 
 
 PRETRAINED = Size(1000, 400, 1.25, 2.5, 2e-4, 4e-4)
-FROM_SCRATCH = Size(2400, 400, 3, 3, 5e-4, 5e-4)
+FROM_SCRATCH = Size(2400, 400, 3, 3, 5e-4, 2e-4)
 TINY = Size(200, 40, 1, 1, 1e-3, 1e-3, hidden=64, layers=1, seconds=0.2)
 
 
