@@ -187,12 +187,6 @@ class BlockSparseHfQuantizer(HfQuantizer):
             logger.warning("nothing was packed, the model stays dense: %s", error)
             follow_packing(model)
 
-    def get_state_dict_and_metadata(
-        self, model: nn.Module
-    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """The dense state, so that ``save_pretrained`` writes what any reader loads."""
-        return dict(model.state_dict()), {}
-
     def _dequantize(
         self, model: nn.Module, dtype: torch.dtype | str | None = None
     ) -> nn.Module:

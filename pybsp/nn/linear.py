@@ -19,7 +19,7 @@ class BlockSparseLinear(nn.Module):
     """``y = activation(x W^T + bias)`` with ``W`` block-sparse.
 
     Parameters and buffers carry torch's BSR names: ``weight_values`` ``(nnz, r, c)``
-    (a parameter, so it is counted, saved and trained), ``weight_crow_indices`` and
+    (a parameter, so it is counted and trained), ``weight_crow_indices`` and
     ``weight_col_indices`` (int32 buffers), ``bias`` ``(out,)`` or None. The zero
     pattern is fixed; gradients reach only the kept blocks. To change the pattern
     replace the tensors or call ``load_state_dict``; do not write into the indices.
@@ -164,10 +164,10 @@ class BlockSparseLinear(nn.Module):
         values = self.weight_values
         if isinstance(values, nn.Parameter):
             values.data = ops.column_major_blocks(values.data)
-        matrix = matrix_from_fields(
-            values,
+        matrix = BlockSparseMatrix(
             self.weight_crow_indices,
             self.weight_col_indices,
+            values,
             (self.out_features, self.in_features),
         )
         self.weight_crow_indices = matrix.crow_indices
@@ -261,7 +261,10 @@ class BlockSparseLinear(nn.Module):
                 " save the model again"
             )
         values, crow_indices, col_indices = (state_dict[prefix + key] for key in FIELDS)
-        return matrix_from_fields(values, crow_indices, col_indices, shape)
+        try:
+            return BlockSparseMatrix(crow_indices, col_indices, values, shape)
+        except ValueError as error:
+            raise ValueError(f"{error}: the checkpoint is damaged") from error
 
     def _resize(self, matrix: BlockSparseMatrix) -> None:
         self.block_shape = matrix.block_shape
@@ -274,35 +277,3 @@ class BlockSparseLinear(nn.Module):
         ):
             if self._buffers[name].shape != indices.shape:  # type: ignore[union-attr]
                 setattr(self, name, torch.empty_like(indices, device=old.device))
-
-
-def matrix_from_fields(
-    values: torch.Tensor,
-    crow_indices: torch.Tensor,
-    col_indices: torch.Tensor,
-    shape: tuple[int, int],
-) -> BlockSparseMatrix:
-    """A matrix of fields read from a file, which nobody has checked yet.
-
-    Raises ``ValueError`` or ``TypeError`` when they are not those of a block-sparse
-    float32 matrix of ``shape``.
-    """
-    if values.dim() != 3 or crow_indices.dim() != 1 or col_indices.dim() != 1:
-        raise ValueError(
-            "a packed weight has values (nnz, r, c) and one-dimensional indices; got "
-            f"shapes {tuple(values.shape)}, {tuple(crow_indices.shape)} and "
-            f"{tuple(col_indices.shape)}: the checkpoint is damaged"
-        )
-    for name, indices in (("crow", crow_indices), ("col", col_indices)):
-        if indices.is_floating_point() or indices.is_complex():
-            raise TypeError(
-                f"{name}_indices must be integers; got {indices.dtype}: the checkpoint "
-                "is damaged"
-            )
-        low, high = (int(v) for v in indices.aminmax()) if indices.numel() else (0, 0)
-        if low < 0 or high >= 2**31:
-            raise ValueError(
-                f"{name}_indices reach from {low} to {high}, outside of 0 to 2**31 - 1:"
-                " the checkpoint is damaged"
-            )
-    return BlockSparseMatrix(crow_indices, col_indices, values, shape)

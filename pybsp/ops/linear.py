@@ -48,8 +48,8 @@ def int32_indices(name: str, indices: torch.Tensor) -> torch.Tensor:
         # int16 is how checkpoints store indices that fit in it.
         if indices.dtype not in (torch.int16, torch.int64):
             raise TypeError(
-                f"{name} must be int16, int32 or int64; got {indices.dtype}; call "
-                ".int() first"
+                f"{name} must be integers, int16, int32 or int64; got {indices.dtype}; "
+                "call .int() first"
             )
         low, high = (int(v) for v in indices.aminmax()) if indices.numel() else (0, 0)
         if low < 0 or high >= 2**31:
@@ -134,7 +134,7 @@ def block_sparse_linear(
             or shape[-1] != in_features
             or activation not in _CODES
         ):
-            _check_linear(x, W, bias, activation)
+            _check_linear(x, W, activation)
             return _block_sparse_linear_dispatched(x, W, bias, activation)
         bias_address = 0
         if bias is not None:
@@ -207,39 +207,26 @@ def _from_bsr(tensor: Any) -> _Matrix:
         )
     shape = (tensor.shape[0], tensor.shape[1])
     values = column_major_blocks(tensor.values())
-    return _matrix(
-        int32_indices("crow_indices", tensor.crow_indices()),
-        int32_indices("col_indices", tensor.col_indices()),
-        values,
-        shape,
-    )
-
-
-def _matrix(
-    crow_indices: torch.Tensor,
-    col_indices: torch.Tensor,
-    values: torch.Tensor,
-    shape: tuple[int, int],
-) -> _Matrix:
+    crow_indices = int32_indices("crow_indices", tensor.crow_indices())
+    col_indices = int32_indices("col_indices", tensor.col_indices())
     pattern = bind_pattern(crow_indices, col_indices, values, shape)
     return _Matrix(shape, crow_indices, col_indices, values, pattern)
 
 
-def _check_linear(x: Any, W: Any, bias: Any, activation: str | None) -> None:
+def _check_linear(x: Any, W: Any, activation: str | None) -> None:
     check_activation(activation)
-    out_features, in_features = W.shape
-    if x.ndim == 0 or x.shape[-1] != in_features:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} and W {(out_features, in_features)}: the "
-            f"last dimension of x must be in = {in_features}"
-        )
+    _check_features(x, W.shape)
     if not W.values.is_cpu:
         raise ValueError(
             f"x is on the CPU and W on {W.values.device}; move one of them"
         )
-    if bias is not None and tuple(bias.shape) != (out_features,):
+
+
+def _check_features(x: Any, shape: tuple[int, int]) -> None:
+    if x.ndim == 0 or x.shape[-1] != shape[1]:
         raise ValueError(
-            f"bias has shape {tuple(bias.shape)}; it must be (out,) = ({out_features},)"
+            f"x has shape {tuple(x.shape)} and W {tuple(shape)}: the last dimension "
+            f"of x must be in = {shape[1]}"
         )
 
 
@@ -271,7 +258,7 @@ def _block_sparse_linear_numpy(
         raise TypeError(
             f"bias must be of the kind of x, a numpy array; got {type(bias).__name__}"
         )
-    _check_linear(x, W, bias, activation)
+    _check_linear(x, W, activation)
     if x.dtype != np.float32:
         raise TypeError(
             f"x must be float32; got {x.dtype}; call .astype('float32') first"
@@ -335,11 +322,7 @@ def block_sparse_linear_fields(
         raise TypeError(
             f"values must be float32; got {values.dtype}; call .float() first"
         )
-    if x.dim() == 0 or x.shape[-1] != shape[1]:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} and W {tuple(shape)}: the last dimension "
-            f"of x must be in = {shape[1]}"
-        )
+    _check_features(x, shape)
     if bias is not None:
         bias = _checked_bias(bias, shape[0], x.device)
     tensors = (x, values, bias)
