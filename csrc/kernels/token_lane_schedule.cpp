@@ -8,29 +8,43 @@ namespace {
 
 constexpr int32_t kTileRows = 8;
 
+// Values and output rows after which a part ends.
 struct PartLimits {
   int64_t values;
   int64_t rows;
 };
 
+// At least 16 parts where the matrix allows it, so that a few threads balance. By
+// column four, and enough blocks that every block column has two full tiles of them:
+// a tile of few rows loads its inputs for few multiply-adds.
+PartLimits part_limits(const BlockSparseView& view, bool by_column) {
+  const int64_t block_size = view.block_rows * view.block_cols;
+  const int64_t grid_rows = view.out_features / view.block_rows;
+  const int64_t total = view.crow_indices[grid_rows] * block_size;
+  if (!by_column) return {std::clamp<int64_t>(total / 16, 2048, 16384), 256};
+  const int64_t two_tiles = 2 * kTileRows * view.in_features;
+  return {
+      std::clamp<int64_t>(total / 4, two_tiles, std::max<int64_t>(two_tiles, 65536)),
+      1024};
+}
+
 std::vector<int32_t> split_rows(const BlockSparseView& view, PartLimits limits) {
   const int64_t grid_rows = view.out_features / view.block_rows;
   const int64_t block_size = view.block_rows * view.block_cols;
-  // At least 16 parts where the matrix allows it, so that a few threads balance.
-  const int64_t total = view.crow_indices[grid_rows] * block_size;
-  const int64_t values = std::clamp<int64_t>(total / 16, 2048, limits.values);
   std::vector<int32_t> boundaries{0};
   for (int64_t row = 1; row <= grid_rows; ++row) {
     const int64_t first = boundaries.back();
     const int64_t held =
         (view.crow_indices[row] - view.crow_indices[first]) * block_size;
-    const bool full = held >= values || (row - first) * view.block_rows >= limits.rows;
+    const bool full =
+        held >= limits.values || (row - first) * view.block_rows >= limits.rows;
     if (full || row == grid_rows) boundaries.push_back(static_cast<int32_t>(row));
   }
   return boundaries;
 }
 
-// Groups the blocks of block rows [first, last) by block column, kTileRows to a tile.
+// Groups the blocks of block rows [first, last) by block column, in tiles of at most
+// kTileRows and of similar height.
 void append_column_tiles(const BlockSparseView& view, int32_t first, int32_t last,
                          Schedule& schedule) {
   const size_t grid_cols = static_cast<size_t>(view.in_features / view.block_cols);
@@ -42,8 +56,9 @@ void append_column_tiles(const BlockSparseView& view, int32_t first, int32_t las
   for (size_t col = 0; col < grid_cols; ++col) {
     const int32_t count = next[col + 1];
     next[col + 1] = next[col] + count;
-    for (int32_t i = kTileRows; i < count + kTileRows; i += kTileRows) {
-      schedule.tile_ptr.push_back(begin + next[col] + std::min(i, count));
+    const int32_t tiles = (count + kTileRows - 1) / kTileRows;
+    for (int32_t tile = 1; tile <= tiles; ++tile) {
+      schedule.tile_ptr.push_back(begin + next[col] + count * tile / tiles);
     }
   }
   schedule.blocks.resize(static_cast<size_t>(begin + next[grid_cols]));
@@ -63,8 +78,7 @@ void append_column_tiles(const BlockSparseView& view, int32_t first, int32_t las
 Schedule token_lane_schedule(const BlockSparseView& view) {
   Schedule schedule;
   schedule.by_column = view.block_rows == 1 && view.block_cols >= kMinColumnRun;
-  schedule.part_rows = split_rows(
-      view, schedule.by_column ? PartLimits{65536, 512} : PartLimits{16384, 256});
+  schedule.part_rows = split_rows(view, part_limits(view, schedule.by_column));
   if (schedule.by_column) {
     schedule.part_tiles.push_back(0);
     schedule.tile_ptr.push_back(0);

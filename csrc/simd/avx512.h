@@ -17,6 +17,7 @@ inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec set1(float a) { return _mm512_set1_ps(a); }
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
+inline void prefetch(const float* p) { _mm_prefetch(p, _MM_HINT_T0); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }

@@ -22,6 +22,7 @@ inline Vec load(const float* p) {
   return a;
 }
 inline void store(float* p, Vec a) { std::memcpy(p, &a, sizeof(a)); }
+inline void prefetch(const float* p) { __builtin_prefetch(p); }
 inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec sub(Vec a, Vec b) { return a - b; }
 inline Vec mul(Vec a, Vec b) { return a * b; }

@@ -17,6 +17,7 @@ inline Vec zero() { return vdupq_n_f32(0.0f); }
 inline Vec set1(float a) { return vdupq_n_f32(a); }
 inline Vec load(const float* p) { return vld1q_f32(p); }
 inline void store(float* p, Vec a) { vst1q_f32(p, a); }
+inline void prefetch(const float* p) { __builtin_prefetch(p); }
 inline Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
 inline Vec sub(Vec a, Vec b) { return vsubq_f32(a, b); }
 inline Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }

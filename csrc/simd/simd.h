@@ -16,3 +16,12 @@
 #else
 #error "compile with PYBSP_ISA=<isa> and PYBSP_ISA_<isa>"
 #endif
+
+// Before every loop over an array of vectors that must stay in registers. GCC turns
+// such arrays into registers before it unrolls by itself, too late for a loop that it
+// has not been asked to unroll: the array is then kept in memory and copied.
+#if defined(__clang__)
+#define PYBSP_UNROLL _Pragma("unroll")
+#else
+#define PYBSP_UNROLL _Pragma("GCC unroll 16")
+#endif
