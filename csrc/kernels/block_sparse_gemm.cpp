@@ -2,218 +2,272 @@
 #include "kernels/block_sparse_gemm.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "kernels/token_lane_schedule.h"
+#include "kernels/token_tiles.h"
 #include "kernels/variants.h"
 #include "runtime/isa.h"
+#include "runtime/scratch.h"
 #include "runtime/threads.h"
 
 namespace pybsp {
 namespace {
 
-// Inputs transposed at a time, in floats: 2 MB, several tiles, so that a part of the
-// weights is reused from L2 by each of them.
-constexpr int64_t kGroupFloats = 512 * 1024;
-// Multiply-adds under which a second thread would start later than one finishes.
-constexpr int64_t kSerialWork = 500'000;
+// Multiply-adds of one thread under which another would start later than it finishes.
+constexpr int64_t kThreadWork = 250'000;
+// A few tokens cost as much as this many: reading the weights takes the time.
+constexpr int64_t kReadingTokens = 4;
 
-struct AlignedDelete {
-  void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-using AlignedFloats = std::unique_ptr<float[], AlignedDelete>;
-
-AlignedFloats allocate(int64_t count) {
-  const size_t bytes =
-      static_cast<size_t>(std::max<int64_t>(count, 16)) * sizeof(float);
-  return AlignedFloats(
-      static_cast<float*>(::operator new[](bytes, std::align_val_t{64})));
-}
-
-struct TokenTile {
-  int64_t first;
-  int64_t tokens;
-  int vectors;
-};
-
-// Tiles of three vectors, ending in one or two of two vectors rather than in a single
-// vector, whose few accumulators wait for their own latency.
-std::vector<TokenTile> split_tokens(int64_t tokens, const Variants& isa) {
-  std::vector<TokenTile> tiles;
-  int64_t first = 0;
-  while (first < tokens) {
-    const int64_t vectors = (tokens - first + isa.lanes - 1) / isa.lanes;
-    int width = static_cast<int>(std::min<int64_t>(vectors, isa.max_vectors));
-    if (vectors == 4) width = 2;
-    const int64_t count = std::min<int64_t>(int64_t{width} * isa.lanes, tokens - first);
-    tiles.push_back({first, count, width});
-    first += count;
-  }
-  return tiles;
-}
-
-// Block rows split so that each thread has the same number of blocks.
-std::vector<int64_t> split_block_rows(const BlockSparseView& weight, int threads) {
+int64_t kept_weights(const BlockSparseView& weight) {
   const int64_t grid_rows = weight.out_features / weight.block_rows;
-  // Every row costs about one block more: its sum is stored even when it is empty.
-  auto cost = [&](int64_t row) { return weight.crow_indices[row] + row; };
-  std::vector<int64_t> boundaries{0};
-  int64_t row = 0;
-  for (int thread = 1; thread < threads; ++thread) {
-    while (row < grid_rows && cost(row) * threads < cost(grid_rows) * thread) ++row;
-    boundaries.push_back(row);
+  return weight.crow_indices[grid_rows] * weight.block_rows * weight.block_cols;
+}
+
+// Tokens that multiply_few_tokens takes in less time than a vector of tokens takes.
+int64_t few_tokens_limit(const Variants& isa) { return std::min(4, isa.lanes / 2); }
+
+// A part of a product's schedule and its cost in multiply-adds of one token.
+struct Part {
+  const Product* product;
+  int64_t index;
+  int64_t first_row;  // block rows
+  int64_t last_row;
+  int64_t cost;
+  int64_t cost_before;  // of the parts before it
+};
+
+std::vector<Part> list_parts(const Product* products, int64_t count) {
+  std::vector<Part> parts;
+  int64_t before = 0;
+  for (const Product* product = products; product != products + count; ++product) {
+    const BlockSparseView& weight = product->weight;
+    const std::vector<int32_t>& rows = product->schedule->part_rows;
+    for (size_t p = 0; p + 1 < rows.size(); ++p) {
+      const int64_t blocks =
+          weight.crow_indices[rows[p + 1]] - weight.crow_indices[rows[p]];
+      // Storing and transposing an output costs about eight multiply-adds.
+      const int64_t cost = (blocks * weight.block_cols + (rows[p + 1] - rows[p]) * 8) *
+                           weight.block_rows;
+      parts.push_back(
+          {product, static_cast<int64_t>(p), rows[p], rows[p + 1], cost, before});
+      before += cost;
+    }
   }
-  boundaries.push_back(grid_rows);
-  return boundaries;
+  return parts;
 }
 
 class Multiplication {
  public:
-  Multiplication(const BlockSparseView& weight, const Schedule& schedule,
-                 const float* bias, Activation activation)
-      : weight_(weight),
-        schedule_(schedule),
-        bias_(bias),
-        activation_(activation),
-        isa_(variants(active_isa())) {}
+  Multiplication(const Product* products, int64_t count, int64_t tokens, int threads)
+      : products_(products),
+        count_(count),
+        tokens_(tokens),
+        in_(products->weight.in_features),
+        isa_(variants(active_isa())) {
+    int64_t work = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      work += kept_weights(products[i].weight) * std::max(tokens, kReadingTokens);
+    }
+    threads_ = static_cast<int>(
+        std::clamp<int64_t>(work / kThreadWork, 1, std::max(threads, 1)));
+  }
 
-  void run(const float* x, int64_t tokens, float* y, int threads);
+  void run(const float* x);
+  void run_tiles(const float* x_tiles);
 
  private:
-  void few_tokens(const float* x, int64_t tokens, float* y, int threads);
-  void group(const TokenTile* tiles, int64_t num_tiles, const float* x, float* y,
-             float* x_tiles, float* y_tiles, int threads);
-  void multiply(int64_t part, const TokenTile& tile, const float* x_tile, float* y_tile,
-                float* y) const;
-  int64_t part_cost(int64_t part) const;
+  void few_tokens(const float* x, int64_t first_token);
+  void in_groups(const float* x, int64_t tokens);
+  void pack(const TokenTile* tiles, int64_t num_tiles, const float* x, float* x_tiles);
+  template <typename Body>
+  void for_each_part(const TokenTile* tiles, int64_t num_tiles, Body body);
+  void multiply(const Part& part, int vectors, const float* x_tile,
+                float* y_tile) const;
   int64_t max_part_rows() const;
 
-  const BlockSparseView& weight_;
-  const Schedule& schedule_;
-  const float* bias_;
-  Activation activation_;
+  const Product* products_;
+  int64_t count_;
+  int64_t tokens_;
+  int64_t in_;
   const Variants& isa_;
+  int threads_;
+  std::vector<Part> parts_;
 };
 
-int64_t Multiplication::part_cost(int64_t part) const {
-  const size_t p = static_cast<size_t>(part);
-  const int64_t first = schedule_.part_rows[p], last = schedule_.part_rows[p + 1];
-  const int64_t blocks = weight_.crow_indices[last] - weight_.crow_indices[first];
-  // Storing and transposing an output costs about eight multiply-adds.
-  return (blocks * weight_.block_cols + (last - first) * 8) * weight_.block_rows;
+void Multiplication::run(const float* x) {
+  const int64_t width = int64_t{isa_.lanes} * isa_.max_vectors;
+  const int64_t rest = tokens_ % width;
+  const int64_t few = rest <= few_tokens_limit(isa_) ? rest : 0;
+  if (tokens_ > few) in_groups(x, tokens_ - few);
+  if (few > 0) few_tokens(x + (tokens_ - few) * in_, tokens_ - few);
+}
+
+// Tokens from first_token on; x points at the first of them.
+void Multiplication::few_tokens(const float* x, int64_t first_token) {
+  const int64_t tokens = tokens_ - first_token;
+  for (const Product* product = products_; product != products_ + count_; ++product) {
+    const BlockSparseView& weight = product->weight;
+    const Epilogue& epilogue = product->epilogue;
+    const int64_t grid_rows = weight.out_features / weight.block_rows;
+    // Every row costs about one block more: its sum is stored even when it is empty.
+    const auto cost = [&](int64_t row) { return weight.crow_indices[row] + row; };
+    const auto boundary = [&](int64_t thread, int64_t count) {
+      int64_t low = 0, high = grid_rows;
+      while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (cost(middle) * count < cost(grid_rows) * thread) {
+          low = middle + 1;
+        } else {
+          high = middle;
+        }
+      }
+      return low;
+    };
+    float* const y = product->y + first_token * weight.out_features;
+    parallel(threads_, [&](int thread, int count) {
+      const int64_t first = boundary(thread, count), last = boundary(thread + 1, count);
+      isa_.multiply_few_tokens(weight, first, last, x, tokens, epilogue.bias, y);
+      const int64_t row = first * weight.block_rows;
+      const int64_t rows = (last - first) * weight.block_rows;
+      for (int64_t token = 0; token < tokens; ++token) {
+        const int64_t at = token * weight.out_features + row;
+        const float* residual = epilogue.residual;
+        if (residual) residual += first_token * weight.out_features + at;
+        isa_.finish(y + at, rows, epilogue.activation, residual);
+      }
+    });
+  }
+}
+
+// The first `tokens` tokens, in tiles: groups whose transposed inputs share L2 with the
+// part of the weights that passes over them.
+void Multiplication::in_groups(const float* x, int64_t tokens) {
+  parts_ = list_parts(products_, count_);
+  const std::vector<TokenTile> tiles = split_tokens(tokens, isa_);
+  const int64_t all = static_cast<int64_t>(tiles.size());
+  const int64_t width = int64_t{isa_.lanes} * isa_.max_vectors;
+  const int64_t fit = l2_cache_bytes() / 3 / (in_ * width * int64_t{sizeof(float)});
+  const int64_t held = std::min(all, std::max<int64_t>(fit, threads_));
+  const int64_t y_floats = max_part_rows() * width;
+  float* const x_tiles = scratch_floats(held * in_ * width + threads_ * y_floats);
+  float* const y_tiles = x_tiles + held * in_ * width;
+  for (int64_t first = 0; first < all; first += held) {
+    const TokenTile* const group = tiles.data() + first;
+    const int64_t num_tiles = std::min(held, all - first);
+    pack(group, num_tiles, x, x_tiles);
+    for_each_part(
+        group, num_tiles, [&](const Part& part, const TokenTile& tile, int thread) {
+          const BlockSparseView& weight = part.product->weight;
+          const Epilogue& epilogue = part.product->epilogue;
+          float* const y_tile = y_tiles + thread * y_floats;
+          multiply(part, tile.vectors, x_tiles + (tile.slot - group->slot) * in_,
+                   y_tile);
+          const int64_t row = part.first_row * weight.block_rows;
+          const int64_t rows = (part.last_row - part.first_row) * weight.block_rows;
+          const int64_t at = tile.first * weight.out_features + row;
+          isa_.unpack_tokens(y_tile, rows, tile.tokens, tile.vectors,
+                             epilogue.activation,
+                             epilogue.residual ? epilogue.residual + at : nullptr,
+                             part.product->y + at, weight.out_features);
+        });
+  }
+}
+
+void Multiplication::run_tiles(const float* x_tiles) {
+  parts_ = list_parts(products_, count_);
+  const std::vector<TokenTile> tiles = split_tokens(tokens_, isa_);
+  for_each_part(tiles.data(), static_cast<int64_t>(tiles.size()),
+                [&](const Part& part, const TokenTile& tile, int) {
+                  const BlockSparseView& weight = part.product->weight;
+                  const Epilogue& epilogue = part.product->epilogue;
+                  const int64_t width = int64_t{tile.vectors} * isa_.lanes;
+                  const int64_t rows =
+                      (part.last_row - part.first_row) * weight.block_rows;
+                  const int64_t at = tile.slot * weight.out_features +
+                                     part.first_row * weight.block_rows * width;
+                  float* const y = part.product->y + at;
+                  multiply(part, tile.vectors, x_tiles + tile.slot * in_, y);
+                  isa_.finish(y, rows * width, epilogue.activation,
+                              epilogue.residual ? epilogue.residual + at : nullptr);
+                });
 }
 
 int64_t Multiplication::max_part_rows() const {
   int64_t rows = 0;
-  for (size_t p = 0; p + 1 < schedule_.part_rows.size(); ++p) {
-    rows = std::max<int64_t>(rows, schedule_.part_rows[p + 1] - schedule_.part_rows[p]);
+  for (const Part& part : parts_) {
+    rows = std::max(rows,
+                    (part.last_row - part.first_row) * part.product->weight.block_rows);
   }
-  return rows * weight_.block_rows;
+  return rows;
 }
 
-void Multiplication::multiply(int64_t part, const TokenTile& tile, const float* x_tile,
-                              float* y_tile, float* y) const {
-  const size_t p = static_cast<size_t>(part);
-  const int64_t first = schedule_.part_rows[p], last = schedule_.part_rows[p + 1];
-  if (schedule_.by_column) {
-    const ColumnTiles tiles{first,
-                            last,
-                            schedule_.part_tiles[p],
-                            schedule_.part_tiles[p + 1],
-                            schedule_.tile_ptr.data(),
-                            schedule_.blocks.data(),
-                            schedule_.rows.data()};
-    isa_.multiply_columns(weight_, tiles, x_tile, tile.vectors, bias_, y_tile);
-  } else {
-    isa_.multiply_rows(weight_, first, last, x_tile, tile.vectors, bias_, y_tile);
-  }
-  const int64_t row = first * weight_.block_rows;
-  isa_.unpack_tokens(y_tile, (last - first) * weight_.block_rows, tile.tokens,
-                     tile.vectors, activation_,
-                     y + tile.first * weight_.out_features + row, weight_.out_features);
-}
-
-void Multiplication::group(const TokenTile* tiles, int64_t num_tiles, const float* x,
-                           float* y, float* x_tiles, float* y_tiles, int threads) {
-  const int64_t in = weight_.in_features;
-  const int64_t tile_floats = in * isa_.lanes * isa_.max_vectors;
-  const int64_t y_floats = max_part_rows() * isa_.lanes * isa_.max_vectors;
+void Multiplication::pack(const TokenTile* tiles, int64_t num_tiles, const float* x,
+                          float* x_tiles) {
   // Features in steps of whole transposed squares, so that threads share a tile.
-  const int64_t steps = (in + isa_.lanes - 1) / isa_.lanes;
-  parallel(threads, [&](int thread, int count) {
+  const int64_t steps = (in_ + isa_.lanes - 1) / isa_.lanes;
+  parallel(threads_, [&](int thread, int count) {
     const Range range = share(num_tiles * steps, thread, count);
     for (int64_t i = range.first; i < range.last;) {
-      const int64_t tile = i / steps;
-      const int64_t end = std::min(range.last, (tile + 1) * steps);
-      isa_.pack_tokens(x + tiles[tile].first * in, in, tiles[tile].tokens,
-                       (i - tile * steps) * isa_.lanes,
-                       std::min(in, (end - tile * steps) * isa_.lanes),
-                       tiles[tile].vectors, x_tiles + tile * tile_floats);
+      const TokenTile& tile = tiles[i / steps];
+      const int64_t begin = i / steps * steps;
+      const int64_t end = std::min(range.last, begin + steps);
+      isa_.pack_tokens(x + tile.first * in_, in_, tile.tokens, (i - begin) * isa_.lanes,
+                       std::min(in_, (end - begin) * isa_.lanes), tile.vectors,
+                       x_tiles + (tile.slot - tiles->slot) * in_);
       i = end;
     }
   });
-  int64_t total = 0;
-  for (int64_t part = 0; part < schedule_.num_parts(); ++part) total += part_cost(part);
-  parallel(threads, [&](int thread, int count) {
-    // Every (part, tile) goes to the thread in whose share of the cost its middle lies.
-    int64_t before = 0;
-    for (int64_t part = 0; part < schedule_.num_parts(); ++part) {
-      const int64_t cost = part_cost(part);
-      for (int64_t tile = 0; tile < num_tiles; ++tile, before += cost) {
-        if ((2 * before + cost) * count / (2 * total * num_tiles) != thread) continue;
-        multiply(part, tiles[tile], x_tiles + tile * tile_floats,
-                 y_tiles + thread * y_floats, y);
+}
+
+// body(part, tile, thread) for each pair, on the thread in whose share of the whole
+// cost the middle of its own lies; a part meets its tiles one after the other.
+template <typename Body>
+void Multiplication::for_each_part(const TokenTile* tiles, int64_t num_tiles,
+                                   Body body) {
+  const int64_t total = parts_.back().cost_before + parts_.back().cost;
+  parallel(threads_, [&](int thread, int count) {
+    for (const Part& part : parts_) {
+      for (int64_t i = 0; i < num_tiles; ++i) {
+        const int64_t middle =
+            2 * (part.cost_before * num_tiles + i * part.cost) + part.cost;
+        if (middle * count / (2 * total * num_tiles) != thread) continue;
+        body(part, tiles[i], thread);
       }
     }
   });
 }
 
-void Multiplication::few_tokens(const float* x, int64_t tokens, float* y, int threads) {
-  const std::vector<int64_t> boundaries = split_block_rows(weight_, threads);
-  parallel(threads, [&](int thread, int count) {
-    const Range range = share(threads, thread, count);
-    isa_.multiply_few_tokens(weight_, boundaries[static_cast<size_t>(range.first)],
-                             boundaries[static_cast<size_t>(range.last)], x, tokens,
-                             bias_, activation_, y);
-  });
-}
-
-void Multiplication::run(const float* x, int64_t tokens, float* y, int threads) {
-  const int64_t grid_rows = weight_.out_features / weight_.block_rows;
-  const int64_t work = weight_.crow_indices[grid_rows] * weight_.block_rows *
-                       weight_.block_cols * tokens;
-  if (work < kSerialWork) threads = 1;
-  if (tokens < isa_.lanes / 2 + 1) {
-    few_tokens(x, tokens, y, threads);
-    return;
-  }
-  const std::vector<TokenTile> tiles = split_tokens(tokens, isa_);
-  const int64_t width = isa_.lanes * isa_.max_vectors;
-  const int64_t tile_floats = weight_.in_features * width;
-  const int64_t group_tiles = std::clamp<int64_t>(
-      kGroupFloats / tile_floats, threads,
-      std::max<int64_t>(threads, static_cast<int64_t>(tiles.size())));
-  const int64_t held =
-      std::min<int64_t>(group_tiles, static_cast<int64_t>(tiles.size()));
-  const AlignedFloats x_tiles = allocate(held * tile_floats);
-  const AlignedFloats y_tiles = allocate(threads * max_part_rows() * width);
-  for (size_t first = 0; first < tiles.size(); first += static_cast<size_t>(held)) {
-    const int64_t count =
-        std::min<int64_t>(held, static_cast<int64_t>(tiles.size() - first));
-    group(tiles.data() + first, count, x, y, x_tiles.get(), y_tiles.get(), threads);
+void Multiplication::multiply(const Part& part, int vectors, const float* x_tile,
+                              float* y_tile) const {
+  const Product& product = *part.product;
+  const Schedule& schedule = *product.schedule;
+  if (schedule.by_column) {
+    const size_t p = static_cast<size_t>(part.index);
+    const ColumnTiles tiles{part.first_row,           part.last_row,
+                            schedule.part_tiles[p],   schedule.part_tiles[p + 1],
+                            schedule.tile_ptr.data(), schedule.blocks.data(),
+                            schedule.rows.data()};
+    isa_.multiply_columns(product.weight, tiles, x_tile, vectors, product.epilogue.bias,
+                          y_tile);
+  } else {
+    isa_.multiply_rows(product.weight, part.first_row, part.last_row, x_tile, vectors,
+                       product.epilogue.bias, y_tile);
   }
 }
 
 }  // namespace
 
-void block_sparse_gemm(const BlockSparseView& weight, const Schedule& schedule,
-                       const float* x, int64_t tokens, const float* bias,
-                       Activation activation, float* y, int threads) {
-  if (tokens == 0 || weight.out_features == 0) return;
-  Multiplication(weight, schedule, bias, activation)
-      .run(x, tokens, y, std::max(threads, 1));
+void block_sparse_gemm(const Product* products, int64_t count, const float* x,
+                       int64_t tokens, int threads) {
+  if (tokens == 0 || count == 0) return;
+  Multiplication(products, count, tokens, threads).run(x);
+}
+
+void block_sparse_gemm_tiles(const Product* products, int64_t count,
+                             const float* x_tiles, int64_t tokens, int threads) {
+  if (tokens == 0 || count == 0) return;
+  Multiplication(products, count, tokens, threads).run_tiles(x_tiles);
 }
 
 }  // namespace pybsp

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = activation(x W^T + bias) for a block-sparse W.
+// y = activation(x W^T + bias) + residual for block-sparse W.
 //
-//   x      (tokens, in)   row-major, contiguous float32
-//   W      (out, in)      blocks (r, c); BSR with every block stored column by column
-//   bias   (out) or null
-//   y      (tokens, out)  row-major, contiguous; must not overlap the inputs
+//   x         (tokens, in)   row-major, contiguous float32
+//   W         (out, in)      blocks (r, c); BSR with every block stored column by
+//   column bias      (out) or null residual  (tokens, out)  row-major, contiguous, or
+//   null; may be y itself y         (tokens, out)  row-major, contiguous; must not
+//   overlap the other inputs
 //
-// No alignment is required. Scratch is allocated for the call: the transposed inputs of
-// a group of token tiles (about 2 MB, at least one tile a thread) and one part of the
-// outputs for each thread. Throws std::bad_alloc. Safe to call from several threads at
-// once. The result has the same bits for every number of threads.
+// No alignment is required. Scratch belongs to the calling thread and is kept for its
+// next call: inputs of a group of token tiles (a third of L2, at least one tile a
+// thread) and one part of the outputs for each thread. Throws std::bad_alloc. Safe to
+// call from several threads at once. The result has the same bits for every number of
+// threads.
 //
 // Inside, a tile of tokens lies transposed, [in][lanes x vectors]: a SIMD lane is a
 // token and a weight is a broadcast scalar, so that any block shape multiplies without
@@ -21,6 +23,9 @@
 namespace pybsp {
 
 enum class Activation : int { none, relu, gelu, gelu_tanh, silu };
+
+// Single-row blocks of at least so many columns are multiplied along their rows.
+constexpr int64_t kMinColumnRun = 8;
 
 // Plain pointers into arrays that the binding has checked.
 struct BlockSparseView {
@@ -35,9 +40,26 @@ struct BlockSparseView {
 
 struct Schedule;
 
-// `schedule` is token_lane_schedule of the same pattern.
-void block_sparse_gemm(const BlockSparseView& weight, const Schedule& schedule,
-                       const float* x, int64_t tokens, const float* bias,
-                       Activation activation, float* y, int threads);
+struct Epilogue {
+  const float* bias;
+  Activation activation;
+  const float* residual;
+};
+
+// One matrix and where its product goes; `schedule` is token_lane_schedule of it.
+struct Product {
+  BlockSparseView weight;
+  const Schedule* schedule;
+  Epilogue epilogue;
+  float* y;
+};
+
+// Every product of the same x, which is transposed once. All have the same in_features.
+void block_sparse_gemm(const Product* products, int64_t count, const float* x,
+                       int64_t tokens, int threads);
+
+// The same for x, y and residual in tiles, see token_tiles.h.
+void block_sparse_gemm_tiles(const Product* products, int64_t count,
+                             const float* x_tiles, int64_t tokens, int threads);
 
 }  // namespace pybsp

@@ -1,84 +1,93 @@
 // SPDX-License-Identifier: Apache-2.0
-// One to four tokens: limited by reading the weights once, so outputs (or, for
+// A few tokens: limited by reading the weights once, so outputs (or, for wide
 // single-row blocks, inputs) lie in lanes and nothing is transposed.
-#include "kernels/activation.h"
 #include "kernels/variants_isa.h"
 #include "simd/simd.h"
 
 namespace pybsp::PYBSP_ISA {
 namespace {
 
-// Partial sums for each token: enough chains to hide the FMA latency at one load a
-// cycle, few enough for sixteen registers.
-template <int kTokens>
-constexpr int kChains = 4 / kTokens;
-
-struct Inputs {
-  const float* x;
-  int64_t stride;
-};
-
-// One column of eight outputs for every token.
-template <int kTokens>
-inline void add_column(const float* w, Inputs in, int64_t col, Vec8 (&acc)[kTokens]) {
-  const Vec8 weight = load8(w);
-  for (int t = 0; t < kTokens; ++t) {
-    acc[t] = fma8(weight, in.x[t * in.stride + col], acc[t]);
-  }
+// Eight outputs, or with kSome the first `some` of eight, 0 < some < 8.
+template <bool kSome>
+inline Vec8 load_outputs(const float* p, int some) {
+  return kSome ? load8(p, some) : load8(p);
 }
 
-// Eight consecutive outputs of one block row.
-template <int kTokens>
-void eight_outputs(const BlockSparseView& weight, int64_t block_row, int64_t sub,
-                   Inputs in, Vec8 (&sums)[kTokens]) {
-  constexpr int kParts = kChains<kTokens>;
-  const int64_t r = weight.block_rows, c = weight.block_cols;
-  Vec8 acc[kParts][kTokens];
-  for (auto& part : acc) {
-    for (auto& sum : part) sum = zero8();
-  }
-  const int64_t begin = weight.crow_indices[block_row];
-  const int64_t end = weight.crow_indices[block_row + 1];
-  const int32_t* cols = weight.col_indices;
-  const float* w = weight.values + begin * r * c + sub;
-  if (c == 1) {
-    int64_t b = begin;
-    for (; b + kParts <= end; b += kParts, w += kParts * r) {
-      for (int p = 0; p < kParts; ++p) {
-        add_column<kTokens>(w + p * r, in, cols[b + p], acc[p]);
+// acc[s][t] += the columns of a block times their inputs of token t, for kSubs times
+// eight of its outputs.
+template <int kTokens, int kSubs, bool kSome>
+inline const float* add_columns(const float* w, int64_t cols, int64_t r,
+                                const float* const (&x)[kTokens], int64_t first_col,
+                                int some, Vec8 (&acc)[kSubs][kTokens]) {
+  for (int64_t i = 0; i < cols; ++i, w += r) {
+    PYBSP_UNROLL
+    for (int s = 0; s < kSubs; ++s) {
+      const Vec8 weight = load_outputs<kSome>(w + 8 * s, some);
+      PYBSP_UNROLL
+      for (int t = 0; t < kTokens; ++t) {
+        acc[s][t] = fma8(weight, x[t][first_col + i], acc[s][t]);
       }
     }
-    for (; b < end; ++b, w += r) add_column<kTokens>(w, in, cols[b], acc[0]);
-  } else {
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t first = cols[b] * c;
-      int64_t i = 0;
-      for (; i + kParts <= c; i += kParts, w += kParts * r) {
-        for (int p = 0; p < kParts; ++p) {
-          add_column<kTokens>(w + p * r, in, first + i + p, acc[p]);
+  }
+  return w;
+}
+
+// kSubs times eight outputs, from `sub`, of each of kLists consecutive block rows; with
+// kSome the last r - sub of them. Each output is one chain of multiply-adds over its
+// columns, as in a tile of many tokens, so lists of blocks run side by side to hide the
+// latency of the chains.
+template <int kTokens, int kLists, int kSubs, bool kSome, bool kOneColumn>
+void multiply_outputs(const BlockSparseView& weight, int64_t block_row, int64_t sub,
+                      const float* const (&x)[kTokens], const float* bias, float* y) {
+  const int64_t r = weight.block_rows, c = kOneColumn ? 1 : weight.block_cols;
+  const int some = kSome ? static_cast<int>(r - sub) : 8;
+  const int32_t* crow = weight.crow_indices + block_row;
+  Vec8 acc[kLists][kSubs][kTokens];
+  const int32_t* cols[kLists];
+  const float* w[kLists];
+  int64_t shared = crow[1] - crow[0];
+  PYBSP_UNROLL
+  for (int g = 0; g < kLists; ++g) {
+    const int64_t row = (block_row + g) * r + sub;
+    PYBSP_UNROLL
+    for (int s = 0; s < kSubs; ++s) {
+      const Vec8 start = bias ? load_outputs<kSome>(bias + row + 8 * s, some) : zero8();
+      PYBSP_UNROLL
+      for (int t = 0; t < kTokens; ++t) acc[g][s][t] = start;
+    }
+    cols[g] = weight.col_indices + crow[g];
+    w[g] = weight.values + crow[g] * r * c + sub;
+    const int64_t blocks = crow[g + 1] - crow[g];
+    if (blocks < shared) shared = blocks;
+  }
+  for (int64_t b = 0; b < shared; ++b) {
+    PYBSP_UNROLL
+    for (int g = 0; g < kLists; ++g) {
+      w[g] = add_columns<kTokens, kSubs, kSome>(w[g], c, r, x, cols[g][b] * c, some,
+                                                acc[g]);
+    }
+  }
+  PYBSP_UNROLL
+  for (int g = 0; g < kLists; ++g) {
+    const int64_t blocks = crow[g + 1] - crow[g];
+    for (int64_t b = shared; b < blocks; ++b) {
+      w[g] = add_columns<kTokens, kSubs, kSome>(w[g], c, r, x, cols[g][b] * c, some,
+                                                acc[g]);
+    }
+    float* const out = y + (block_row + g) * r + sub;
+    PYBSP_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      PYBSP_UNROLL
+      for (int s = 0; s < kSubs; ++s) {
+        float* const at = out + t * weight.out_features + 8 * s;
+        if (kSome) {
+          store8(at, acc[g][s][t], some);
+        } else {
+          store8(at, acc[g][s][t]);
         }
       }
-      for (; i < c; ++i, w += r) add_column<kTokens>(w, in, first + i, acc[0]);
     }
   }
-  for (int t = 0; t < kTokens; ++t) {
-    sums[t] = acc[0][t];
-    for (int p = 1; p < kParts; ++p) sums[t] = add8(sums[t], acc[p][t]);
-  }
-}
-
-// The outputs of a block row past the last whole eight.
-float one_output(const BlockSparseView& weight, int64_t block_row, int64_t sub,
-                 const float* x) {
-  const int64_t r = weight.block_rows, c = weight.block_cols;
-  float sum = 0.0f;
-  for (int64_t b = weight.crow_indices[block_row];
-       b < weight.crow_indices[block_row + 1]; ++b) {
-    const float* w = weight.values + b * r * c + sub;
-    const float* in = x + weight.col_indices[b] * c;
-    for (int64_t i = 0; i < c; ++i) sum += w[i * r] * in[i];
-  }
-  return sum;
 }
 
 // Single-row blocks: a dot product over each run of inputs.
@@ -102,82 +111,90 @@ float one_row(const BlockSparseView& weight, int64_t row, const float* x) {
   return reduce_add(add(sums[0], sums[1])) + tail;
 }
 
+// Block rows [first, last), kLists at a time.
+template <int kTokens, int kLists, int kSubs, bool kSome, bool kOneColumn>
+void multiply_lists(const BlockSparseView& weight, int64_t first, int64_t last,
+                    int64_t sub, const float* const (&x)[kTokens], const float* bias,
+                    float* y) {
+  int64_t row = first;
+  for (; row + kLists <= last; row += kLists) {
+    multiply_outputs<kTokens, kLists, kSubs, kSome, kOneColumn>(weight, row, sub, x,
+                                                                bias, y);
+  }
+  for (; row < last; ++row) {
+    multiply_outputs<kTokens, 1, kSubs, kSome, kOneColumn>(weight, row, sub, x, bias,
+                                                           y);
+  }
+}
+
+// Eight sums hide a latency of four cycles at two FMAs a cycle: from one block row
+// where it is tall, which shares its inputs, else from several. More than four lists
+// have more addresses than there are registers for them.
+template <int kTokens, bool kOneColumn>
+void multiply_block_rows(const BlockSparseView& weight, int64_t first, int64_t last,
+                         const float* const (&x)[kTokens], const float* bias,
+                         float* y) {
+  constexpr int kTall = kTokens >= 4 ? 2 : 4;
+  const int64_t r = weight.block_rows;
+  for (int64_t row = first; row < last; row += kTall) {
+    const int64_t end = row + kTall < last ? row + kTall : last;
+    int64_t sub = 0;
+    for (; sub + 8 * kTall <= r; sub += 8 * kTall) {
+      multiply_lists<kTokens, 1, kTall, false, kOneColumn>(weight, row, end, sub, x,
+                                                           bias, y);
+    }
+    for (; sub + 16 <= r; sub += 16) {
+      multiply_lists<kTokens, kTall / 2, 2, false, kOneColumn>(weight, row, end, sub, x,
+                                                               bias, y);
+    }
+    if (sub + 8 <= r) {
+      multiply_lists<kTokens, kTall, 1, false, kOneColumn>(weight, row, end, sub, x,
+                                                           bias, y);
+      sub += 8;
+    }
+    if (sub < r) {
+      multiply_lists<kTokens, kTall, 1, true, kOneColumn>(weight, row, end, sub, x,
+                                                          bias, y);
+    }
+  }
+}
+
 template <int kTokens>
 void multiply_tokens(const BlockSparseView& weight, int64_t first, int64_t last,
                      const float* x, const float* bias, float* y) {
-  const int64_t r = weight.block_rows;
-  const Inputs in{x, weight.in_features};
-  for (int64_t block_row = first; block_row < last; ++block_row) {
-    int64_t sub = 0;
-    for (; sub + 8 <= r; sub += 8) {
-      const int64_t row = block_row * r + sub;
-      Vec8 sums[kTokens];
-      eight_outputs<kTokens>(weight, block_row, sub, in, sums);
+  if (weight.block_rows == 1 && weight.block_cols >= kMinColumnRun) {
+    for (int64_t row = first; row < last; ++row) {
       for (int t = 0; t < kTokens; ++t) {
-        if (bias) sums[t] = add8(sums[t], load8(bias + row));
-        store8(y + t * weight.out_features + row, sums[t]);
-      }
-    }
-    for (; sub < r; ++sub) {
-      const int64_t row = block_row * r + sub;
-      for (int t = 0; t < kTokens; ++t) {
-        const float* token = x + t * weight.in_features;
-        const float sum = r == 1 ? one_row(weight, row, token)
-                                 : one_output(weight, block_row, sub, token);
+        const float sum = one_row(weight, row, x + t * weight.in_features);
         y[t * weight.out_features + row] = sum + (bias ? bias[row] : 0.0f);
       }
     }
+    return;
   }
-}
-
-template <Activation kActivation>
-void activate_in_place(float* y, int64_t count) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    store(y + i, activate<kActivation>(load(y + i)));
-  }
-  if (i == count) return;
-  float rest[kLanes] = {};
-  for (int64_t k = i; k < count; ++k) rest[k - i] = y[k];
-  store(rest, activate<kActivation>(load(rest)));
-  for (int64_t k = i; k < count; ++k) y[k] = rest[k - i];
-}
-
-void activate_in_place(Activation activation, float* y, int64_t count) {
-  switch (activation) {
-    case Activation::none:
-      return;
-    case Activation::relu:
-      return activate_in_place<Activation::relu>(y, count);
-    case Activation::gelu:
-      return activate_in_place<Activation::gelu>(y, count);
-    case Activation::gelu_tanh:
-      return activate_in_place<Activation::gelu_tanh>(y, count);
-    case Activation::silu:
-      return activate_in_place<Activation::silu>(y, count);
+  const float* tokens[kTokens];
+  for (int t = 0; t < kTokens; ++t) tokens[t] = x + t * weight.in_features;
+  if (weight.block_cols == 1) {
+    multiply_block_rows<kTokens, true>(weight, first, last, tokens, bias, y);
+  } else {
+    multiply_block_rows<kTokens, false>(weight, first, last, tokens, bias, y);
   }
 }
 
 }  // namespace
 
 void multiply_few_tokens(const BlockSparseView& weight, int64_t first, int64_t last,
-                         const float* x, int64_t tokens, const float* bias,
-                         Activation activation, float* y) {
+                         const float* x, int64_t tokens, const float* bias, float* y) {
   const int64_t out = weight.out_features, in = weight.in_features;
   int64_t token = 0;
   for (; token + 4 <= tokens; token += 4) {
     multiply_tokens<4>(weight, first, last, x + token * in, bias, y + token * out);
   }
-  for (; token + 2 <= tokens; token += 2) {
+  if (token + 2 <= tokens) {
     multiply_tokens<2>(weight, first, last, x + token * in, bias, y + token * out);
+    token += 2;
   }
   if (token < tokens) {
     multiply_tokens<1>(weight, first, last, x + token * in, bias, y + token * out);
-  }
-  const int64_t row = first * weight.block_rows;
-  const int64_t rows = (last - first) * weight.block_rows;
-  for (token = 0; token < tokens; ++token) {
-    activate_in_place(activation, y + token * out + row, rows);
   }
 }
 

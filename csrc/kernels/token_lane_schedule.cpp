@@ -7,6 +7,8 @@ namespace pybsp {
 namespace {
 
 constexpr int32_t kTileRows = 8;
+// Parts end where the largest square of outputs that is transposed in registers ends.
+constexpr int64_t kSquare = 16;
 
 // Values and output rows after which a part ends.
 struct PartLimits {
@@ -21,7 +23,7 @@ PartLimits part_limits(const BlockSparseView& view, bool by_column) {
   const int64_t block_size = view.block_rows * view.block_cols;
   const int64_t grid_rows = view.out_features / view.block_rows;
   const int64_t total = view.crow_indices[grid_rows] * block_size;
-  if (!by_column) return {std::clamp<int64_t>(total / 16, 2048, 16384), 256};
+  if (!by_column) return {std::clamp<int64_t>(total / 16, 2048, 16384), 128};
   const int64_t two_tiles = 2 * kTileRows * view.in_features;
   return {
       std::clamp<int64_t>(total / 4, two_tiles, std::max<int64_t>(two_tiles, 65536)),
@@ -38,7 +40,11 @@ std::vector<int32_t> split_rows(const BlockSparseView& view, PartLimits limits) 
         (view.crow_indices[row] - view.crow_indices[first]) * block_size;
     const bool full =
         held >= limits.values || (row - first) * view.block_rows >= limits.rows;
-    if (full || row == grid_rows) boundaries.push_back(static_cast<int32_t>(row));
+    const bool whole =
+        row * view.block_rows % kSquare == 0 || view.block_rows > 4 * kSquare;
+    if ((full && whole) || row == grid_rows) {
+      boundaries.push_back(static_cast<int32_t>(row));
+    }
   }
   return boundaries;
 }

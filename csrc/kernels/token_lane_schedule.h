@@ -18,8 +18,6 @@
 
 namespace pybsp {
 
-constexpr int64_t kMinColumnRun = 8;
-
 struct Schedule {
   bool by_column = false;
   std::vector<int32_t> part_rows;  // (num_parts + 1) boundaries in block rows

@@ -20,12 +20,19 @@ void pack_tokens(const float* x, int64_t in_features, int64_t tokens, int64_t fi
     int64_t k = first;
     for (; k + kLanes <= last; k += kLanes) {
       Vec block[kLanes];
+      PYBSP_UNROLL
       for (int lane = 0; lane < kLanes; ++lane) block[lane] = load(rows[lane] + k);
       transpose(block);
+      PYBSP_UNROLL
       for (int i = 0; i < kLanes; ++i) store(out + (k + i) * width, block[i]);
     }
-    for (; k < last; ++k) {
-      for (int lane = 0; lane < kLanes; ++lane) out[k * width + lane] = rows[lane][k];
+    if (k < last) {
+      const int left = static_cast<int>(last - k);
+      Vec block[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane)
+        block[lane] = load(rows[lane] + k, left);
+      transpose(block);
+      for (int i = 0; i < left; ++i) store(out + (k + i) * width, block[i]);
     }
   }
 }
@@ -33,39 +40,91 @@ void pack_tokens(const float* x, int64_t in_features, int64_t tokens, int64_t fi
 namespace {
 
 template <Activation kActivation>
-void unpack(const float* y_tile, int64_t rows, int64_t tokens, int vectors, float* y,
-            int64_t out_features) {
+void finish_all(float* y, int64_t count, const float* residual) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vec a = activate<kActivation>(load(y + i));
+    store(y + i, residual ? add(a, load(residual + i)) : a);
+  }
+  if (i == count) return;
+  const int left = static_cast<int>(count - i);
+  const Vec a = activate<kActivation>(load(y + i, left));
+  store(y + i, residual ? add(a, load(residual + i, left)) : a, left);
+}
+
+}  // namespace
+
+void finish(float* y, int64_t count, Activation activation, const float* residual) {
+  switch (activation) {
+    case Activation::none:
+      if (residual) finish_all<Activation::none>(y, count, residual);
+      return;
+    case Activation::relu:
+      return finish_all<Activation::relu>(y, count, residual);
+    case Activation::gelu:
+      return finish_all<Activation::gelu>(y, count, residual);
+    case Activation::gelu_tanh:
+      return finish_all<Activation::gelu_tanh>(y, count, residual);
+    case Activation::silu:
+      return finish_all<Activation::silu>(y, count, residual);
+  }
+}
+
+namespace {
+
+// Where a transposed block of outputs goes.
+struct Destination {
+  float* y;
+  const float* residual;  // laid out as y, or null
+  int64_t stride;         // out_features
+};
+
+template <Activation kActivation>
+void unpack(const float* y_tile, int64_t rows, int64_t tokens, int vectors,
+            Destination to) {
   const int64_t width = static_cast<int64_t>(vectors) * kLanes;
   for (int v = 0; v < vectors; ++v) {
     const int64_t first_token = v * kLanes;
     if (first_token >= tokens) return;
     const int64_t left = tokens - first_token;
     const int lanes = left < kLanes ? static_cast<int>(left) : kLanes;
-    float* out = y + first_token * out_features;
+    float* out = to.y + first_token * to.stride;
+    const float* residual = to.residual;
+    if (residual) residual += first_token * to.stride;
     const float* in = y_tile + v * kLanes;
     int64_t row = 0;
     for (; row + kLanes <= rows; row += kLanes) {
       Vec block[kLanes];
+      PYBSP_UNROLL
       for (int i = 0; i < kLanes; ++i) {
         block[i] = activate<kActivation>(load(in + (row + i) * width));
       }
       transpose(block);
+      const auto put = [&](int lane) {
+        const int64_t at = lane * to.stride + row;
+        store(out + at, residual ? add(block[lane], load(residual + at)) : block[lane]);
+      };
       // A full tile keeps the block in registers; a variable bound would spill it.
       if (lanes == kLanes) {
-        for (int lane = 0; lane < kLanes; ++lane) {
-          store(out + lane * out_features + row, block[lane]);
-        }
+        PYBSP_UNROLL
+        for (int lane = 0; lane < kLanes; ++lane) put(lane);
       } else {
-        for (int lane = 0; lane < lanes; ++lane) {
-          store(out + lane * out_features + row, block[lane]);
-        }
+        for (int lane = 0; lane < lanes; ++lane) put(lane);
       }
     }
-    for (; row < rows; ++row) {
-      float values[kLanes];
-      store(values, activate<kActivation>(load(in + row * width)));
+    if (row < rows) {
+      const int some = static_cast<int>(rows - row);
+      Vec block[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        block[i] =
+            i < some ? activate<kActivation>(load(in + (row + i) * width)) : zero();
+      }
+      transpose(block);
       for (int lane = 0; lane < lanes; ++lane) {
-        out[lane * out_features + row] = values[lane];
+        const int64_t at = lane * to.stride + row;
+        const Vec a =
+            residual ? add(block[lane], load(residual + at, some)) : block[lane];
+        store(out + at, a, some);
       }
     }
   }
@@ -74,19 +133,20 @@ void unpack(const float* y_tile, int64_t rows, int64_t tokens, int vectors, floa
 }  // namespace
 
 void unpack_tokens(const float* y_tile, int64_t rows, int64_t tokens, int vectors,
-                   Activation activation, float* y, int64_t out_features) {
+                   Activation activation, const float* residual, float* y,
+                   int64_t out_features) {
+  const Destination to{y, residual, out_features};
   switch (activation) {
     case Activation::none:
-      return unpack<Activation::none>(y_tile, rows, tokens, vectors, y, out_features);
+      return unpack<Activation::none>(y_tile, rows, tokens, vectors, to);
     case Activation::relu:
-      return unpack<Activation::relu>(y_tile, rows, tokens, vectors, y, out_features);
+      return unpack<Activation::relu>(y_tile, rows, tokens, vectors, to);
     case Activation::gelu:
-      return unpack<Activation::gelu>(y_tile, rows, tokens, vectors, y, out_features);
+      return unpack<Activation::gelu>(y_tile, rows, tokens, vectors, to);
     case Activation::gelu_tanh:
-      return unpack<Activation::gelu_tanh>(y_tile, rows, tokens, vectors, y,
-                                           out_features);
+      return unpack<Activation::gelu_tanh>(y_tile, rows, tokens, vectors, to);
     case Activation::silu:
-      return unpack<Activation::silu>(y_tile, rows, tokens, vectors, y, out_features);
+      return unpack<Activation::silu>(y_tile, rows, tokens, vectors, to);
   }
 }
 

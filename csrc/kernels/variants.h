@@ -55,13 +55,17 @@ struct Variants {
   void (*multiply_columns)(const BlockSparseView& weight, ColumnTiles tiles,
                            const float* x_tile, int vectors, const float* bias,
                            float* y_tile);
-  // Transposes rows of a y_tile back into y (first token, first row), activated.
+  // Transposes rows of a y_tile back into y (first token, first row), activated and
+  // with the residual, laid out as y, added unless it is null.
   void (*unpack_tokens)(const float* y_tile, int64_t rows, int64_t tokens, int vectors,
-                        Activation activation, float* y, int64_t out_features);
-  // Block rows [first, last) for 1 to 4 tokens, outputs in lanes, no transposition.
+                        Activation activation, const float* residual, float* y,
+                        int64_t out_features);
+  // y[i] = activation(y[i]) + residual[i]; residual may be null, or y.
+  void (*finish)(float* y, int64_t count, Activation activation, const float* residual);
+  // y = bias + W x over block rows [first, last) for a few tokens, outputs in lanes.
   void (*multiply_few_tokens)(const BlockSparseView& weight, int64_t first,
                               int64_t last, const float* x, int64_t tokens,
-                              const float* bias, Activation activation, float* y);
+                              const float* bias, float* y);
 
   // 12 x rounds vector multiply-adds; the result only keeps them from being removed.
   float (*fma_chains)(int64_t rounds);

@@ -19,10 +19,11 @@ void multiply_columns(const BlockSparseView& weight, ColumnTiles tiles,
                       const float* x_tile, int vectors, const float* bias,
                       float* y_tile);
 void unpack_tokens(const float* y_tile, int64_t rows, int64_t tokens, int vectors,
-                   Activation activation, float* y, int64_t out_features);
+                   Activation activation, const float* residual, float* y,
+                   int64_t out_features);
+void finish(float* y, int64_t count, Activation activation, const float* residual);
 void multiply_few_tokens(const BlockSparseView& weight, int64_t first, int64_t last,
-                         const float* x, int64_t tokens, const float* bias,
-                         Activation activation, float* y);
+                         const float* x, int64_t tokens, const float* bias, float* y);
 float fma_chains(int64_t rounds);
 
 }  // namespace pybsp::PYBSP_ISA

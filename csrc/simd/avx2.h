@@ -17,6 +17,13 @@ inline Vec zero() { return _mm256_setzero_ps(); }
 inline Vec set1(float a) { return _mm256_set1_ps(a); }
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
+// The first n of kLanes floats, 0 < n < kLanes; the others are zero and not touched.
+inline __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Vec load(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes(n)); }
+inline void store(float* p, Vec a, int n) { _mm256_maskstore_ps(p, first_lanes(n), a); }
 inline void prefetch(const float* p) { _mm_prefetch(p, _MM_HINT_T0); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
@@ -67,7 +74,9 @@ using Vec8 = __m256;
 inline Vec8 zero8() { return _mm256_setzero_ps(); }
 inline Vec8 load8(const float* p) { return _mm256_loadu_ps(p); }
 inline void store8(float* p, Vec8 a) { _mm256_storeu_ps(p, a); }
-inline Vec8 add8(Vec8 a, Vec8 b) { return _mm256_add_ps(a, b); }
+// The first n of eight floats, 0 < n < 8; the others are zero and not touched.
+inline Vec8 load8(const float* p, int n) { return load(p, n); }
+inline void store8(float* p, Vec8 a, int n) { store(p, a, n); }
 inline Vec8 fma8(Vec8 a, float b, Vec8 c) {
   return _mm256_fmadd_ps(a, _mm256_set1_ps(b), c);
 }

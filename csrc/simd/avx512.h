@@ -17,6 +17,13 @@ inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec set1(float a) { return _mm512_set1_ps(a); }
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
+// The first n of kLanes floats, 0 < n < kLanes; the others are zero and not touched.
+inline Vec load(const float* p, int n) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << n) - 1), p);
+}
+inline void store(float* p, Vec a, int n) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1 << n) - 1), a);
+}
 inline void prefetch(const float* p) { _mm_prefetch(p, _MM_HINT_T0); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
@@ -78,7 +85,13 @@ using Vec8 = __m256;
 inline Vec8 zero8() { return _mm256_setzero_ps(); }
 inline Vec8 load8(const float* p) { return _mm256_loadu_ps(p); }
 inline void store8(float* p, Vec8 a) { _mm256_storeu_ps(p, a); }
-inline Vec8 add8(Vec8 a, Vec8 b) { return _mm256_add_ps(a, b); }
+// The first n of eight floats, 0 < n < 8; the others are zero and not touched.
+inline Vec8 load8(const float* p, int n) {
+  return _mm256_maskz_loadu_ps(static_cast<__mmask8>((1 << n) - 1), p);
+}
+inline void store8(float* p, Vec8 a, int n) {
+  _mm256_mask_storeu_ps(p, static_cast<__mmask8>((1 << n) - 1), a);
+}
 inline Vec8 fma8(Vec8 a, float b, Vec8 c) {
   return _mm256_fmadd_ps(a, _mm256_set1_ps(b), c);
 }

@@ -22,6 +22,17 @@ inline Vec load(const float* p) {
   return a;
 }
 inline void store(float* p, Vec a) { std::memcpy(p, &a, sizeof(a)); }
+// The first n of kLanes floats, 0 < n < kLanes; the others are zero and not touched.
+inline Vec load(const float* p, int n) {
+  float a[kLanes] = {};
+  for (int i = 0; i < n; ++i) a[i] = p[i];
+  return load(a);
+}
+inline void store(float* p, Vec a, int n) {
+  float b[kLanes];
+  store(b, a);
+  for (int i = 0; i < n; ++i) p[i] = b[i];
+}
 inline void prefetch(const float* p) { __builtin_prefetch(p); }
 inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec sub(Vec a, Vec b) { return a - b; }
@@ -64,7 +75,17 @@ inline void store8(float* p, Vec8 a) {
   store(p, a.low);
   store(p + 4, a.high);
 }
-inline Vec8 add8(Vec8 a, Vec8 b) { return {a.low + b.low, a.high + b.high}; }
+// The first n of eight floats, 0 < n < 8; the others are zero and not touched.
+inline Vec8 load8(const float* p, int n) {
+  float a[8] = {};
+  for (int i = 0; i < n; ++i) a[i] = p[i];
+  return load8(a);
+}
+inline void store8(float* p, Vec8 a, int n) {
+  float b[8];
+  store8(b, a);
+  for (int i = 0; i < n; ++i) p[i] = b[i];
+}
 inline Vec8 fma8(Vec8 a, float b, Vec8 c) {
   return {fma(a.low, set1(b), c.low), fma(a.high, set1(b), c.high)};
 }

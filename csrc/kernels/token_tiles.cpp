@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "kernels/token_tiles.h"
+
+#include <algorithm>
+
+#include "kernels/variants.h"
+#include "runtime/isa.h"
+#include "runtime/threads.h"
+
+namespace pybsp {
+
+std::vector<TokenTile> split_tokens(int64_t tokens, const Variants& isa) {
+  std::vector<TokenTile> tiles;
+  int64_t slot = 0;
+  for (int64_t first = 0; first < tokens;) {
+    const int64_t left = tokens - first;
+    const int64_t vectors =
+        std::min<int64_t>((left + isa.lanes - 1) / isa.lanes, isa.max_vectors);
+    const int64_t count = std::min<int64_t>(vectors * isa.lanes, left);
+    tiles.push_back({first, count, static_cast<int>(vectors), slot});
+    first += count;
+    slot += vectors * isa.lanes;
+  }
+  return tiles;
+}
+
+int64_t tile_lanes(int64_t tokens, const Variants& isa) {
+  return (tokens + isa.lanes - 1) / isa.lanes * isa.lanes;
+}
+
+void pack_tiles(const float* x, int64_t tokens, int64_t features, float* tiles,
+                int threads) {
+  const Variants& isa = variants(active_isa());
+  const std::vector<TokenTile> split = split_tokens(tokens, isa);
+  parallel(threads, [&](int thread, int count) {
+    const Range range = share(static_cast<int64_t>(split.size()), thread, count);
+    for (int64_t i = range.first; i < range.last; ++i) {
+      const TokenTile& tile = split[static_cast<size_t>(i)];
+      isa.pack_tokens(x + tile.first * features, features, tile.tokens, 0, features,
+                      tile.vectors, tiles + tile.slot * features);
+    }
+  });
+}
+
+void unpack_tiles(const float* tiles, int64_t tokens, int64_t features, float* y,
+                  int threads) {
+  const Variants& isa = variants(active_isa());
+  const std::vector<TokenTile> split = split_tokens(tokens, isa);
+  parallel(threads, [&](int thread, int count) {
+    const Range range = share(static_cast<int64_t>(split.size()), thread, count);
+    for (int64_t i = range.first; i < range.last; ++i) {
+      const TokenTile& tile = split[static_cast<size_t>(i)];
+      isa.unpack_tokens(tiles + tile.slot * features, features, tile.tokens,
+                        tile.vectors, Activation::none, nullptr,
+                        y + tile.first * features, features);
+    }
+  });
+}
+
+}  // namespace pybsp

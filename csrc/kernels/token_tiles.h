@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// Activations (tokens, features) with tokens in SIMD lanes.
+//
+// Tokens are cut into tiles of max_vectors vectors, the last as narrow as its tokens
+// allow; a tile is [feature][lanes x vectors] float32 and tiles lie one after the
+// other. Lanes past the last token repeat it. The layout belongs to the active
+// instruction set.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace pybsp {
+
+struct Variants;
+
+struct TokenTile {
+  int64_t first;   // token
+  int64_t tokens;  // 1 to lanes x vectors
+  int vectors;
+  int64_t slot;  // lanes of the tiles before it; times features: its first float
+};
+
+std::vector<TokenTile> split_tokens(int64_t tokens, const Variants& isa);
+
+// Lanes of all tiles of so many tokens: the floats that one feature takes.
+int64_t tile_lanes(int64_t tokens, const Variants& isa);
+
+// x, y (tokens, features) row-major; tiles (tile_lanes x features). No overlap. Safe to
+// call from several threads at once.
+void pack_tiles(const float* x, int64_t tokens, int64_t features, float* tiles,
+                int threads);
+void unpack_tiles(const float* tiles, int64_t tokens, int64_t features, float* y,
+                  int threads);
+
+}  // namespace pybsp
