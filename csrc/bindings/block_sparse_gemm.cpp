@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels/block_sparse_gemm.h"
 
+#include <mutex>
+
 #include "bindings/arrays.h"
 #include "bindings/module.h"
+#include "kernels/block_sparse_grad.h"
 #include "kernels/token_lane_schedule.h"
 
 namespace pybsp {
@@ -80,6 +83,24 @@ class BlockSparsePattern {
                       threads);
   }
 
+  // dx = dy W, and dW at the kept blocks; addresses as above.
+  void grad_x(uintptr_t values, uintptr_t dy, int64_t tokens, uintptr_t dx,
+              int threads) const {
+    BlockSparseView view = view_;
+    view.values = reinterpret_cast<const float*>(values);
+    py::gil_scoped_release release;
+    block_sparse_grad_x(view, transposed(), reinterpret_cast<const float*>(dy), tokens,
+                        reinterpret_cast<float*>(dx), threads);
+  }
+
+  void grad_values(uintptr_t dy, uintptr_t x, int64_t tokens, uintptr_t dvalues,
+                   int threads) const {
+    py::gil_scoped_release release;
+    block_sparse_grad_values(view_, transposed(), reinterpret_cast<const float*>(dy),
+                             reinterpret_cast<const float*>(x), tokens,
+                             reinterpret_cast<float*>(dvalues), threads);
+  }
+
   int64_t nnz() const { return nnz_; }
 
   // The schedule's parts, and the block numbers of its tiles when it goes by column.
@@ -94,10 +115,18 @@ class BlockSparsePattern {
   }
 
  private:
+  // Only training asks for it, so it is made by the first gradient.
+  const TransposedIndex& transposed() const {
+    std::call_once(transposed_once_, [this] { transposed_ = transposed_index(view_); });
+    return transposed_;
+  }
+
   py::array crow_, col_;
   BlockSparseView view_{};
   int64_t nnz_ = 0;
   Schedule schedule_;
+  mutable std::once_flag transposed_once_;
+  mutable TransposedIndex transposed_;
 };
 
 }  // namespace
@@ -110,6 +139,10 @@ void register_block_sparse_gemm(py::module_& module) {
            arg("crow_indices"), arg("col_indices"), arg("shape"), arg("block_shape"))
       .def("multiply", &BlockSparsePattern::multiply, arg("values"), arg("x"),
            arg("tokens"), arg("bias"), arg("activation"), arg("y"), arg("threads"))
+      .def("grad_x", &BlockSparsePattern::grad_x, arg("values"), arg("dy"),
+           arg("tokens"), arg("dx"), arg("threads"))
+      .def("grad_values", &BlockSparsePattern::grad_values, arg("dy"), arg("x"),
+           arg("tokens"), arg("dvalues"), arg("threads"))
       .def_property_readonly("nnz", &BlockSparsePattern::nnz)
       .def("schedule", &BlockSparsePattern::schedule);
 }

@@ -70,6 +70,15 @@ inline Vec8 add8(Vec8 a, Vec8 b) { return _mm256_add_ps(a, b); }
 inline Vec8 fma8(Vec8 a, float b, Vec8 c) {
   return _mm256_fmadd_ps(a, _mm256_set1_ps(b), c);
 }
+// The sum of each of eight vectors.
+inline Vec8 reduce_add8(const Vec* a) {
+  const Vec low =
+      _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+  const Vec high =
+      _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+  return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
+                       _mm256_permute2f128_ps(low, high, 0x31));
+}
 
 }  // namespace
 }  // namespace pybsp::avx2

@@ -67,6 +67,12 @@ inline Vec8 add8(Vec8 a, Vec8 b) { return {a.low + b.low, a.high + b.high}; }
 inline Vec8 fma8(Vec8 a, float b, Vec8 c) {
   return {fma(a.low, set1(b), c.low), fma(a.high, set1(b), c.high)};
 }
+// The sum of each of eight vectors.
+inline Vec8 reduce_add8(const Vec* a) {
+  float sums[8];
+  for (int i = 0; i < 8; ++i) sums[i] = reduce_add(a[i]);
+  return load8(sums);
+}
 
 }  // namespace
 }  // namespace pybsp::generic

@@ -63,6 +63,11 @@ inline Vec8 add8(Vec8 a, Vec8 b) { return {add(a.low, b.low), add(a.high, b.high
 inline Vec8 fma8(Vec8 a, float b, Vec8 c) {
   return {fma(a.low, set1(b), c.low), fma(a.high, set1(b), c.high)};
 }
+// The sum of each of eight vectors.
+inline Vec8 reduce_add8(const Vec* a) {
+  return {vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])),
+          vpaddq_f32(vpaddq_f32(a[4], a[5]), vpaddq_f32(a[6], a[7]))};
+}
 
 }  // namespace
 }  // namespace pybsp::neon

@@ -17,13 +17,11 @@ except ImportError as error:
         "and import the installed package from another directory"
     ) from error
 
+from .fields import bind_pattern, column_major_blocks, int32_indices
 from .linear import (
-    bind_pattern,
     block_sparse_linear,
     block_sparse_linear_fields,
     check_activation,
-    column_major_blocks,
-    int32_indices,
 )
 from .runtime import (
     active_isa,

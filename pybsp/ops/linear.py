@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import forward_ad
 
-from .. import _core, reference
+from .. import reference
+from .fields import bind_pattern, column_major_blocks, int32_indices
+from .gradients import gradients
 
 _CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
 
@@ -29,66 +31,6 @@ def check_activation(activation: str | None) -> None:
             f"activation must be one of {list(_CODES)}; got {activation!r}; "
             "apply other activations to the result"
         )
-
-
-def column_major_blocks(values: torch.Tensor) -> torch.Tensor:
-    """``values`` with strides ``(r*c, 1, r)``; itself when it already has them."""
-    if values.dim() != 3:
-        raise ValueError(
-            f"values must have shape (nnz, r, c); got {tuple(values.shape)}"
-        )
-    if values.transpose(1, 2).is_contiguous():
-        return values
-    return values.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def int32_indices(name: str, indices: torch.Tensor) -> torch.Tensor:
-    """``indices`` as contiguous int32; an entry that does not fit is refused."""
-    if indices.dtype != torch.int32:
-        # int16 is how checkpoints store indices that fit in it.
-        if indices.dtype not in (torch.int16, torch.int64):
-            raise TypeError(
-                f"{name} must be integers, int16, int32 or int64; got {indices.dtype}; "
-                "call .int() first"
-            )
-        low, high = (int(v) for v in indices.aminmax()) if indices.numel() else (0, 0)
-        if low < 0 or high >= 2**31:
-            raise ValueError(
-                f"{name} reaches from {low} to {high}, outside of 0 to 2**31 - 1"
-            )
-    return indices.to(torch.int32).contiguous()
-
-
-def bind_pattern(
-    crow_indices: torch.Tensor,
-    col_indices: torch.Tensor,
-    values: torch.Tensor,
-    shape: tuple[int, int],
-) -> Any:
-    """Check the fields of a block-sparse matrix and return the native pattern.
-
-    The pattern keeps the index tensors' memory; they must not be written to.
-    """
-    if values.dtype != torch.float32:
-        raise TypeError(
-            f"values must be float32; got {values.dtype}; call .float() first"
-        )
-    devices = {t.device for t in (crow_indices, col_indices, values)}
-    if len(devices) > 1:
-        raise ValueError(
-            "crow_indices, col_indices and values must be on one device; got "
-            f"{', '.join(sorted(map(str, devices)))}"
-        )
-    if values.shape[0] != col_indices.numel():
-        raise ValueError(
-            f"values holds {values.shape[0]} blocks and col_indices "
-            f"{col_indices.numel()} entries; they must be equal"
-        )
-    block_shape = (values.shape[1], values.shape[2])
-    return _core.BlockSparsePattern(
-        crow_indices.detach().cpu().numpy(), col_indices.detach().cpu().numpy(),
-        shape, block_shape,
-    )  # fmt: skip
 
 
 def block_sparse_linear(
@@ -374,29 +316,10 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None: 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     needs = ctx.needs_input_grad
-    grad_x, grad_values, grad_bias = _gradients(ctx, grad, needs[0], needs[1], needs[4])
+    grad_x, grad_values, grad_bias = gradients(
+        grad, *ctx.saved_tensors, ctx.shape, (needs[0], needs[1], needs[4])
+    )
     return grad_x, grad_values, None, None, grad_bias, None, None
-
-
-def _gradients(
-    ctx: Any, grad: torch.Tensor, for_x: bool, for_values: bool, for_bias: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    x, values, crow_indices, col_indices = ctx.saved_tensors
-    grad_x = grad_values = grad_bias = None
-    rows = grad.reshape(-1, ctx.shape[0])
-    if for_x:
-        weight = reference.block_sparse_to_dense(
-            crow_indices, col_indices, values, ctx.shape
-        )
-        grad_x = grad @ weight
-    if for_values:
-        grad_values = reference.gather_blocks(
-            rows.t() @ x.reshape(-1, ctx.shape[1]), crow_indices, col_indices,
-            (values.shape[1], values.shape[2]),
-        )  # fmt: skip
-    if for_bias:
-        grad_bias = rows.sum(0)
-    return grad_x, grad_values, grad_bias
 
 
 _block_sparse_linear.register_autograd(_backward, setup_context=_save_for_backward)
@@ -411,10 +334,18 @@ class _EagerProduct(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, values: torch.Tensor, bias: Any, W: Any
     ) -> torch.Tensor:
         ctx.save_for_backward(x, values, W.crow_indices, W.col_indices)
-        ctx.shape = W.shape
+        ctx.shape, ctx.pattern = W.shape, W.pattern
         return _multiply(W.pattern, x, values, bias, _CODES[None], W.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        needs = ctx.needs_input_grad
-        return *_gradients(ctx, grad, needs[0], needs[1], needs[2]), None
+        needs = ctx.needs_input_grad[:3]
+        # What expects to see operators gets them: double backward, modes, functorch.
+        direct = (
+            type(grad) is torch.Tensor
+            and not _is_grad_enabled()
+            and not _dispatch_modes()
+            and not _is_transforming()
+        )
+        pattern = ctx.pattern if direct else None
+        return *gradients(grad, *ctx.saved_tensors, ctx.shape, needs, pattern), None
