@@ -5,6 +5,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "kernels/variants.h"
@@ -16,12 +17,12 @@ namespace {
 
 // dy transposed at a time for dx, in floats: 2 MB, as the forward product does.
 constexpr int64_t kGroupFloats = 512 * 1024;
-// Tokens of a panel for dW: eight rows of dy and three columns of x, 33 KB of it, stay
-// in L1 while their products are summed, and the sum over lanes at the end costs
-// little.
-constexpr int64_t kPanelTokens = 752;
-// Of the features of a panel those that many block rows share stay in L2: 1.2 MB.
-constexpr int64_t kSharedFloats = 384 * kPanelTokens;
+// Tokens of a panel for dW: eight features of one input and three of the other, 22 KB
+// of it, stay in L1 while their products are summed, and the sum over lanes at the end
+// costs a tenth.
+constexpr int64_t kPanelTokens = 768;
+// The features of each input that meet are chunks of 1 MB: both stay in L2.
+constexpr int64_t kChunkFloats = 256 * 1024;
 // Multiply-adds under which a second thread would start later than one finishes.
 constexpr int64_t kSerialWork = 500'000;
 
@@ -53,12 +54,7 @@ int useful_threads(const BlockSparseView& weight, int64_t tokens, int threads) {
 class GradX {
  public:
   GradX(const BlockSparseView& weight, const TransposedIndex& index)
-      : weight_(weight),
-        index_(index),
-        isa_(variants(active_isa())),
-        transposed_{
-            weight.in_features,    weight.out_features, 1, weight.block_rows, nullptr,
-            index.run_rows.data(), weight.values} {}
+      : weight_(weight), index_(index), isa_(variants(active_isa())) {}
 
   void run(const float* dy, int64_t tokens, float* dx, int threads);
 
@@ -73,15 +69,23 @@ class GradX {
   const BlockSparseView& weight_;
   const TransposedIndex& index_;
   const Variants& isa_;
-  // W^T in blocks (1, r), for the kernel by column: crow_indices is not read.
-  const BlockSparseView transposed_;
 };
 
 int64_t GradX::part_cost(int64_t part) const {
-  const int64_t blocks = index_.ccol_indices[at(index_.part_cols[at(part + 1)])] -
-                         index_.ccol_indices[at(index_.part_cols[at(part)])];
+  const int64_t first = index_.part_cols[at(part)];
+  const int64_t last = index_.part_cols[at(part + 1)];
   // Storing and transposing a feature costs about eight multiply-adds.
-  return blocks * weight_.block_rows * weight_.block_cols + part_features(part) * 8;
+  const int64_t features = part_features(part) * 8;
+  if (!index_.by_run) {
+    const int64_t blocks =
+        index_.ccol_indices[at(last)] - index_.ccol_indices[at(first)];
+    return blocks * weight_.block_rows * weight_.block_cols + features;
+  }
+  int64_t runs = 0;
+  for (int64_t i = index_.part_tiles[at(part)]; i < index_.part_tiles[at(part + 1)];
+       ++i)
+    runs += index_.tiles[at(i)].count;
+  return runs * weight_.block_rows + features;
 }
 
 void GradX::multiply(int64_t part, const float* dy_tile, int vectors,
@@ -94,11 +98,11 @@ void GradX::multiply(int64_t part, const float* dy_tile, int vectors,
     isa_.multiply_block_columns(weight_, columns, dy_tile, vectors, dx_tile);
     return;
   }
-  const ColumnTiles tiles{first * weight_.block_cols,  last * weight_.block_cols,
-                          index_.part_tiles[at(part)], index_.part_tiles[at(part + 1)],
-                          index_.tile_ptr.data(),      index_.runs.data(),
-                          index_.run_features.data()};
-  isa_.multiply_columns(transposed_, tiles, dy_tile, vectors, nullptr, dx_tile);
+  const RunTiles tiles{first * weight_.block_cols, last * weight_.block_cols,
+                       index_.tiles.data() + index_.part_tiles[at(part)],
+                       index_.tiles.data() + index_.part_tiles[at(part + 1)],
+                       index_.run_features.data()};
+  isa_.multiply_runs(weight_, tiles, dy_tile, vectors, dx_tile);
 }
 
 void GradX::run(const float* dy, int64_t tokens, float* dx, int threads) {
@@ -108,9 +112,10 @@ void GradX::run(const float* dy, int64_t tokens, float* dx, int threads) {
   const int64_t held = std::clamp<int64_t>(kGroupFloats / (out * width),
                                            std::min<int64_t>(threads, tiles), tiles);
   int64_t most = 0, total = 0;
+  std::vector<int64_t> costs;
   for (int64_t part = 0; part < index_.num_parts(); ++part) {
     most = std::max(most, part_features(part));
-    total += part_cost(part);
+    total += costs.emplace_back(part_cost(part));
   }
   const AlignedFloats dy_tiles = allocate(held * out * width);
   const AlignedFloats dx_tiles = allocate(threads * most * width);
@@ -142,7 +147,7 @@ void GradX::run(const float* dy, int64_t tokens, float* dx, int threads) {
       float* dx_tile = dx_tiles.get() + thread * most * width;
       int64_t before = 0;
       for (int64_t part = 0; part < index_.num_parts(); ++part) {
-        const int64_t cost = part_cost(part);
+        const int64_t cost = costs[at(part)];
         const int64_t feature = index_.part_cols[at(part)] * weight_.block_cols;
         for (int64_t tile = 0; tile < count; ++tile, before += cost) {
           if ((2 * before + cost) * team / (2 * total * count) != thread) continue;
@@ -159,156 +164,187 @@ void GradX::run(const float* dy, int64_t tokens, float* dx, int threads) {
 
 // ---- dW
 
-// One of the two inputs, transposed to [feature][width] for a panel of tokens.
-struct Panel {
+// One of the two inputs: the products of up to eight consecutive features of one, the
+// rows of a block or the columns of one that is flat, share features of the other.
+struct Side {
   const float* from;
   int64_t features;
-  AlignedFloats tiles;
+  int64_t extent;  // of a block
 };
 
 class GradValues {
  public:
   GradValues(const BlockSparseView& weight, const TransposedIndex& index,
-             float* dvalues)
+             const float* dy, const float* x, float* dvalues)
       : weight_(weight),
         index_(index),
         isa_(variants(active_isa())),
-        // Products are sums over tokens for up to eight consecutive features of one
-        // input: the r rows of a block, or the c columns of one that is flat.
-        by_column_(weight.block_rows < 4 && weight.block_cols > weight.block_rows),
-        dvalues_(dvalues) {}
+        by_column_(index.flat),
+        own_{dy, weight.out_features, weight.block_rows},
+        shared_{x, weight.in_features, weight.block_cols},
+        dvalues_(dvalues) {
+    if (by_column_) std::swap(own_, shared_);
+    ptr_ = by_column_ ? index.ccol_indices.data() : weight.crow_indices;
+    others_ = by_column_ ? index.row_indices.data() : weight.col_indices;
+  }
 
-  void run(const float* dy, const float* x, int64_t tokens, int threads);
+  void run(int64_t tokens, int threads);
 
  private:
+  // A run of tokens, and the features of both sides that are multiplied while they are
+  // in L2: groups, which are block rows or columns, by as many of the other.
+  struct Panel {
+    int64_t first_token;
+    int64_t tokens;
+    int64_t vectors;
+    int64_t width;
+    const float* shared;
+    int64_t group_chunk;
+    int64_t other_chunk;
+  };
+  // Of one thread, as large as it can get: nothing may throw in a parallel region.
   struct Scratch {
+    AlignedFloats own;
     std::vector<int32_t> features;
     std::vector<int64_t> dst;
   };
 
-  int64_t width(int64_t tokens) const {
-    // An odd number of vectors: with a power of two all features would meet in one set
-    // of L1.
-    return (((tokens + isa_.lanes - 1) / isa_.lanes) | 1) * isa_.lanes;
-  }
-  void pack(Panel& panel, int64_t first, int64_t tokens, int thread, int team) const;
-  void multiply(int64_t group, int64_t first, int64_t last, int64_t tokens,
-                const Panel& own, const Panel& shared, Scratch& scratch) const;
+  Panel panel(int64_t first, int64_t tokens) const;
+  void pack(const Side& side, const Panel& panel, int64_t first, int64_t last,
+            float* tile) const;
+  void multiply_groups(const Panel& panel, int64_t first, int64_t last,
+                       Scratch& scratch) const;
+  void multiply(const Panel& panel, int64_t group, const float* own, int64_t first,
+                int64_t last, Scratch& scratch) const;
   std::vector<int64_t> split_groups(int threads) const;
 
   const BlockSparseView& weight_;
   const TransposedIndex& index_;
   const Variants& isa_;
   const bool by_column_;
+  Side own_, shared_;
   float* dvalues_;
+  const int32_t* ptr_;     // the blocks of a group
+  const int32_t* others_;  // and their place along the other side
 };
 
-// Transposes a thread's share of the features. Lanes past the last token are zero.
-void GradValues::pack(Panel& panel, int64_t first, int64_t tokens, int thread,
-                      int team) const {
-  const int64_t steps = (panel.features + isa_.lanes - 1) / isa_.lanes;
-  const Range range = share(steps, thread, team);
-  const int64_t begin = range.first * isa_.lanes;
-  const int64_t end = std::min(panel.features, range.last * isa_.lanes);
-  const int64_t stride = width(tokens);
-  isa_.pack_tokens(panel.from + first * panel.features, panel.features, tokens, begin,
-                   end, static_cast<int>(stride / isa_.lanes), panel.tiles.get());
-  for (int64_t feature = begin; feature < end; ++feature) {
-    std::fill(panel.tiles.get() + feature * stride + tokens,
-              panel.tiles.get() + (feature + 1) * stride, 0.0f);
+GradValues::Panel GradValues::panel(int64_t first, int64_t tokens) const {
+  Panel panel{};
+  panel.first_token = first;
+  panel.tokens = tokens;
+  panel.vectors = (tokens + isa_.lanes - 1) / isa_.lanes;
+  // An odd number of vectors: with a power of two all features would meet in one set
+  // of L1.
+  panel.width = (panel.vectors | 1) * isa_.lanes;
+  panel.group_chunk = std::max<int64_t>(1, kChunkFloats / (panel.width * own_.extent));
+  panel.other_chunk =
+      std::max<int64_t>(1, kChunkFloats / (panel.width * shared_.extent));
+  return panel;
+}
+
+// Transposes features [first, last). Lanes past the last token are zero.
+void GradValues::pack(const Side& side, const Panel& panel, int64_t first, int64_t last,
+                      float* tile) const {
+  isa_.pack_tokens(side.from + panel.first_token * side.features + first, side.features,
+                   panel.tokens, 0, last - first,
+                   static_cast<int>(panel.width / isa_.lanes), tile);
+  for (int64_t feature = 0; feature < last - first; ++feature) {
+    std::fill(tile + feature * panel.width + panel.tokens,
+              tile + (feature + 1) * panel.width, 0.0f);
   }
 }
 
-// Adds the products of the blocks of one block row (column) that lie in the shared
-// features [first, last) of block columns (rows).
-void GradValues::multiply(int64_t group, int64_t first, int64_t last, int64_t tokens,
-                          const Panel& own, const Panel& shared,
-                          Scratch& scratch) const {
+// Adds the products of the blocks of one group whose other place is in [first, last).
+void GradValues::multiply(const Panel& panel, int64_t group, const float* own,
+                          int64_t first, int64_t last, Scratch& scratch) const {
   const int64_t r = weight_.block_rows, c = weight_.block_cols;
-  const int32_t* ptr = by_column_ ? index_.ccol_indices.data() : weight_.crow_indices;
-  const int32_t* others = by_column_ ? index_.row_indices.data() : weight_.col_indices;
-  const int64_t extent = by_column_ ? r : c;
   scratch.features.clear();
   scratch.dst.clear();
-  const int32_t* begin = std::lower_bound(others + ptr[group], others + ptr[group + 1],
-                                          static_cast<int32_t>(first));
-  for (const int32_t* other = begin; other < others + ptr[group + 1]; ++other) {
-    if (*other >= last) break;
-    const int64_t i = other - others;
+  const int32_t* end = others_ + ptr_[group + 1];
+  const int32_t* other =
+      std::lower_bound(others_ + ptr_[group], end, static_cast<int32_t>(first));
+  for (; other < end && *other < last; ++other) {
+    const int64_t i = other - others_;
     const int64_t block = by_column_ ? index_.blocks[at(i)] : i;
-    for (int64_t j = 0; j < extent; ++j) {
-      scratch.features.push_back(static_cast<int32_t>(*other * extent + j));
+    for (int64_t j = 0; j < shared_.extent; ++j) {
+      scratch.features.push_back(static_cast<int32_t>(*other * shared_.extent + j));
       scratch.dst.push_back(block * r * c + (by_column_ ? j : j * r));
     }
   }
-  if (scratch.features.empty()) return;
   SampledProducts products{};
-  products.width = width(tokens);
-  products.vectors = (tokens + isa_.lanes - 1) / isa_.lanes;
-  products.rows = by_column_ ? c : r;
-  products.stride = by_column_ ? r : 1;
-  products.a = own.tiles.get() + group * products.rows * products.width;
-  products.b = shared.tiles.get();
+  products.a = own;
+  products.rows = own_.extent;
+  products.b = panel.shared;
   products.features = scratch.features.data();
   products.dst = scratch.dst.data();
   products.count = static_cast<int64_t>(scratch.features.size());
+  products.width = panel.width;
+  products.vectors = panel.vectors;
+  products.stride = by_column_ ? r : 1;
   products.out = dvalues_;
   isa_.sampled_products(products);
 }
 
-// Block rows (columns) split so that each thread has the same number of blocks.
+void GradValues::multiply_groups(const Panel& panel, int64_t first, int64_t last,
+                                 Scratch& scratch) const {
+  const int64_t others = shared_.features / shared_.extent;
+  for (int64_t chunk = first; chunk < last; chunk += panel.group_chunk) {
+    const int64_t end = std::min(last, chunk + panel.group_chunk);
+    pack(own_, panel, chunk * own_.extent, end * own_.extent, scratch.own.get());
+    for (int64_t other = 0; other < others; other += panel.other_chunk) {
+      for (int64_t group = chunk; group < end; ++group) {
+        multiply(panel, group,
+                 scratch.own.get() + (group - chunk) * own_.extent * panel.width, other,
+                 std::min(others, other + panel.other_chunk), scratch);
+      }
+    }
+  }
+}
+
+// Groups split so that each thread has the same number of blocks.
 std::vector<int64_t> GradValues::split_groups(int threads) const {
-  const int32_t* ptr = by_column_ ? index_.ccol_indices.data() : weight_.crow_indices;
-  const int64_t groups = by_column_ ? weight_.in_features / weight_.block_cols
-                                    : weight_.out_features / weight_.block_rows;
+  const int64_t groups = own_.features / own_.extent;
   std::vector<int64_t> boundaries{0};
   int64_t group = 0;
   for (int thread = 1; thread < threads; ++thread) {
-    while (group < groups &&
-           int64_t{ptr[group]} * threads < int64_t{ptr[groups]} * thread)
-      ++group;
+    while (int64_t{ptr_[group]} * threads < int64_t{ptr_[groups]} * thread) ++group;
     boundaries.push_back(group);
   }
   boundaries.push_back(groups);
   return boundaries;
 }
 
-void GradValues::run(const float* dy, const float* x, int64_t tokens, int threads) {
-  Panel own{by_column_ ? x : dy,
-            by_column_ ? weight_.in_features : weight_.out_features, nullptr};
-  Panel shared{by_column_ ? dy : x,
-               by_column_ ? weight_.out_features : weight_.in_features, nullptr};
+void GradValues::run(int64_t tokens, int threads) {
   const int64_t panels = (tokens + kPanelTokens - 1) / kPanelTokens;
-  // Panels of similar size, each but the last of whole vectors.
+  // Of similar size, and each but the last of whole vectors.
   const int64_t lanes = isa_.lanes;
   const int64_t step = ((tokens + panels - 1) / panels + lanes - 1) / lanes * lanes;
-  own.tiles = allocate(own.features * width(step));
-  shared.tiles = allocate(shared.features * width(step));
-  const int64_t extent = by_column_ ? weight_.block_rows : weight_.block_cols;
-  const int64_t others = shared.features / extent;
-  const int64_t chunk = std::max<int64_t>(1, kSharedFloats / (width(step) * extent));
+  const Panel largest = panel(0, step);
+  const AlignedFloats shared = allocate(shared_.features * largest.width);
   const std::vector<int64_t> boundaries = split_groups(threads);
-  // Reserved here: nothing may throw in a parallel region.
   std::vector<Scratch> scratch(at(threads));
   for (Scratch& mine : scratch) {
-    mine.features.reserve(at(std::min(others, chunk) * extent));
-    mine.dst.reserve(at(std::min(others, chunk) * extent));
+    const int64_t own = std::min(own_.features, largest.group_chunk * own_.extent);
+    mine.own = allocate(own * largest.width);
+    mine.features.reserve(at(shared_.features));
+    mine.dst.reserve(at(shared_.features));
   }
+  // Features in steps of whole transposed squares, so that threads share a panel.
+  const int64_t steps = (shared_.features + lanes - 1) / lanes;
   for (int64_t first = 0; first < tokens; first += step) {
-    const int64_t count = std::min(step, tokens - first);
+    Panel now = panel(first, std::min(step, tokens - first));
+    now.group_chunk = largest.group_chunk;
+    now.shared = shared.get();
     parallel(threads, [&](int thread, int team) {
-      pack(own, first, count, thread, team);
-      pack(shared, first, count, thread, team);
+      const Range range = share(steps, thread, team);
+      const int64_t begin = range.first * lanes;
+      pack(shared_, now, begin, std::min(shared_.features, range.last * lanes),
+           shared.get() + begin * now.width);
     });
     parallel(threads, [&](int thread, int team) {
       const Range range = share(threads, thread, team);
-      for (int64_t other = 0; other < others; other += chunk) {
-        for (int64_t group = boundaries[at(range.first)];
-             group < boundaries[at(range.last)]; ++group) {
-          multiply(group, other, std::min(others, other + chunk), count, own, shared,
-                   scratch[at(thread)]);
-        }
-      }
+      multiply_groups(now, boundaries[at(range.first)], boundaries[at(range.last)],
+                      scratch[at(thread)]);
     });
   }
 }
@@ -330,8 +366,8 @@ void block_sparse_grad_values(const BlockSparseView& weight,
   if (count == 0) return;
   std::memset(dvalues, 0, at(count) * sizeof(float));
   if (tokens == 0) return;
-  GradValues(weight, index, dvalues)
-      .run(dy, x, tokens, useful_threads(weight, tokens, threads));
+  GradValues(weight, index, dy, x, dvalues)
+      .run(tokens, useful_threads(weight, tokens, threads));
 }
 
 }  // namespace pybsp

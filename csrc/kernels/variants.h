@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "kernels/block_sparse_gemm.h"
+#include "kernels/transposed_index.h"
 #include "runtime/isa.h"
 
 namespace pybsp {
@@ -38,6 +39,15 @@ struct BlockColumns {
   const int32_t* ccol_indices;
   const int32_t* blocks;
   const int32_t* row_indices;
+};
+
+// The tiles of one part of a transposed index by run.
+struct RunTiles {
+  int64_t first_feature;
+  int64_t last_feature;
+  const RunTile* begin;
+  const RunTile* end;
+  const int32_t* features;
 };
 
 // Products of features of two panels [feature][width], summed over the first `vectors`
@@ -88,7 +98,10 @@ struct Variants {
                               int64_t last, const float* x, int64_t tokens,
                               const float* bias, Activation activation, float* y);
 
-  // dx_tile[feature - first * c][lane] = W^T dy over block columns [first, last).
+  // dx_tile[feature - first_feature][lane] = W^T dy over one part of a transposed
+  // index.
+  void (*multiply_runs)(const BlockSparseView& weight, RunTiles tiles,
+                        const float* dy_tile, int vectors, float* dx_tile);
   void (*multiply_block_columns)(const BlockSparseView& weight, BlockColumns columns,
                                  const float* dy_tile, int vectors, float* dx_tile);
   void (*sampled_products)(const SampledProducts& products);

@@ -70,6 +70,12 @@ inline Vec8 add8(Vec8 a, Vec8 b) { return _mm256_add_ps(a, b); }
 inline Vec8 fma8(Vec8 a, float b, Vec8 c) {
   return _mm256_fmadd_ps(a, _mm256_set1_ps(b), c);
 }
+// a, loaded once into a register: GCC 12 takes an input that several multiply-adds
+// share from memory for each of them.
+inline Vec in_register(Vec a) {
+  asm("" : "+x"(a));
+  return a;
+}
 // The sum of each of eight vectors.
 inline Vec8 reduce_add8(const Vec* a) {
   const Vec low =

@@ -81,6 +81,12 @@ inline Vec8 add8(Vec8 a, Vec8 b) { return _mm256_add_ps(a, b); }
 inline Vec8 fma8(Vec8 a, float b, Vec8 c) {
   return _mm256_fmadd_ps(a, _mm256_set1_ps(b), c);
 }
+// a, loaded once into a register: GCC 12 takes an input that several multiply-adds
+// share from memory for each of them.
+inline Vec in_register(Vec a) {
+  asm("" : "+v"(a));
+  return a;
+}
 // The sum of each of eight vectors. Every round adds the halves of two vectors into
 // one; a blend takes the place of half of the shuffles, which share a port with the
 // multiply-adds.
