@@ -18,13 +18,14 @@ inline void add_runs(const int32_t* features, const float* w, int64_t r,
                      const float* dy, float* dx) {
   constexpr int64_t kWidth = kVectors * kLanes;
   const int64_t run = kRun ? kRun : r;
+  float* out[kRows];
   Vec acc[kRows][kVectors];
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
-    for (int v = 0; v < kVectors; ++v) {
-      acc[row][v] = load(dx + features[row] * kWidth + v * kLanes);
-    }
+    out[row] = in_register(dx + features[row] * kWidth);
+    for (int v = 0; v < kVectors; ++v) acc[row][v] = load(out[row] + v * kLanes);
   }
+#pragma GCC unroll 8
   for (int64_t i = 0; i < run; ++i) {
     Vec in[kVectors];
     for (int v = 0; v < kVectors; ++v) in[v] = load(dy + v * kLanes);
@@ -39,9 +40,7 @@ inline void add_runs(const int32_t* features, const float* w, int64_t r,
   }
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
-    for (int v = 0; v < kVectors; ++v) {
-      store(dx + features[row] * kWidth + v * kLanes, acc[row][v]);
-    }
+    for (int v = 0; v < kVectors; ++v) store(out[row] + v * kLanes, acc[row][v]);
   }
 }
 
@@ -205,7 +204,6 @@ inline void pair_tile(const SampledProducts& s, const float* a, int64_t first,
   for (int i = 0; i < kSums; ++i) acc[i] = zero();
   const float* b[kColumns];
   for (int k = 0; k < kColumns; ++k) b[k] = s.b + s.features[first + k] * s.width;
-#pragma GCC unroll 2
   for (int64_t t = 0; t < s.vectors * kLanes; t += kLanes) {
     Vec in[kColumns];
     for (int k = 0; k < kColumns; ++k) in[k] = load(b[k] + t);

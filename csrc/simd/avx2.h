@@ -76,6 +76,10 @@ inline Vec in_register(Vec a) {
   asm("" : "+x"(a));
   return a;
 }
+inline float* in_register(float* p) {
+  asm("" : "+r"(p));
+  return p;
+}
 // The sum of each of eight vectors.
 inline Vec8 reduce_add8(const Vec* a) {
   const Vec low =

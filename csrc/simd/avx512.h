@@ -87,6 +87,10 @@ inline Vec in_register(Vec a) {
   asm("" : "+v"(a));
   return a;
 }
+inline float* in_register(float* p) {
+  asm("" : "+r"(p));
+  return p;
+}
 // The sum of each of eight vectors. Every round adds the halves of two vectors into
 // one; a blend takes the place of half of the shuffles, which share a port with the
 // multiply-adds.

@@ -64,6 +64,7 @@ inline Vec8 fma8(Vec8 a, float b, Vec8 c) {
   return {fma(a.low, set1(b), c.low), fma(a.high, set1(b), c.high)};
 }
 inline Vec in_register(Vec a) { return a; }
+inline float* in_register(float* p) { return p; }
 // The sum of each of eight vectors.
 inline Vec8 reduce_add8(const Vec* a) {
   return {vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])),
