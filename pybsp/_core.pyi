@@ -51,9 +51,26 @@ class BlockSparsePattern:
         tokens: int,
         bias: int,
         activation: int,
+        residual: int,
         y: int,
         threads: int,
     ) -> None: ...
     @property
     def nnz(self) -> int: ...
     def schedule(self) -> tuple[NDArray[Any], ...]: ...
+
+def multiply_many(
+    products: list[tuple[BlockSparsePattern, int, int, int, int, int]],
+    x: int,
+    tokens: int,
+    tiles: bool,
+    threads: int,
+) -> None: ...
+def tile_lanes(tokens: int) -> int: ...
+def tile_sizes() -> tuple[int, int]: ...
+def pack_tiles(
+    x: int, tokens: int, features: int, tiles: int, threads: int
+) -> None: ...
+def unpack_tiles(
+    tiles: int, tokens: int, features: int, y: int, threads: int
+) -> None: ...

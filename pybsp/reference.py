@@ -123,3 +123,26 @@ def block_sparse_linear(
     """``activation(x @ W.T + bias)`` through the dense ``W``."""
     weight = block_sparse_to_dense(crow_indices, col_indices, values, shape)
     return ACTIVATIONS[activation](F.linear(x, weight, bias))
+
+
+def block_sparse_grad_x(
+    grad: torch.Tensor,
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    values: torch.Tensor,
+    shape: tuple[int, int],
+) -> torch.Tensor:
+    """``grad @ W``, the gradient in ``x`` of ``x @ W.T``."""
+    return grad @ block_sparse_to_dense(crow_indices, col_indices, values, shape)
+
+
+def block_sparse_grad_values(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    block_shape: BlockShape,
+) -> torch.Tensor:
+    """``grad.T @ x`` at the kept blocks, ``(nnz, r, c)``."""
+    product = grad.flatten(0, -2).t() @ x.flatten(0, -2)
+    return gather_blocks(product, crow_indices, col_indices, block_shape)

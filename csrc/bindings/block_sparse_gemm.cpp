@@ -1,9 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels/block_sparse_gemm.h"
 
+#include <mutex>
+#include <tuple>
+#include <vector>
+
 #include "bindings/arrays.h"
 #include "bindings/module.h"
+#include "kernels/block_sparse_grad.h"
 #include "kernels/token_lane_schedule.h"
+#include "kernels/token_tiles.h"
+#include "kernels/variants.h"
+#include "runtime/isa.h"
 
 namespace pybsp {
 namespace {
@@ -67,17 +75,43 @@ class BlockSparsePattern {
     schedule_ = token_lane_schedule(view_);
   }
 
-  // y = activation(x W^T + bias). Raw addresses, because this is the call whose
-  // overhead counts: pybsp.ops has checked type, shape and contiguity of every tensor.
+  // The weight, bias, residual and output of one product. Raw addresses, because this
+  // is the call whose overhead counts: pybsp.ops has checked type, shape and contiguity
+  // of every tensor.
+  Product product(uintptr_t values, uintptr_t bias, int activation, uintptr_t residual,
+                  uintptr_t y) const {
+    BlockSparseView view = view_;
+    view.values = reinterpret_cast<const float*>(values);
+    const Epilogue epilogue{reinterpret_cast<const float*>(bias),
+                            static_cast<Activation>(activation),
+                            reinterpret_cast<const float*>(residual)};
+    return {view, &schedule_, epilogue, reinterpret_cast<float*>(y)};
+  }
+
+  // y = activation(x W^T + bias) + residual.
   void multiply(uintptr_t values, uintptr_t x, int64_t tokens, uintptr_t bias,
-                int activation, uintptr_t y, int threads) const {
+                int activation, uintptr_t residual, uintptr_t y, int threads) const {
+    const Product one = product(values, bias, activation, residual, y);
+    py::gil_scoped_release release;
+    block_sparse_gemm(&one, 1, reinterpret_cast<const float*>(x), tokens, threads);
+  }
+
+  // dx = dy W, and dW at the kept blocks; addresses as above.
+  void grad_x(uintptr_t values, uintptr_t dy, int64_t tokens, uintptr_t dx,
+              int threads) const {
     BlockSparseView view = view_;
     view.values = reinterpret_cast<const float*>(values);
     py::gil_scoped_release release;
-    block_sparse_gemm(view, schedule_, reinterpret_cast<const float*>(x), tokens,
-                      reinterpret_cast<const float*>(bias),
-                      static_cast<Activation>(activation), reinterpret_cast<float*>(y),
-                      threads);
+    block_sparse_grad_x(view, transposed(), reinterpret_cast<const float*>(dy), tokens,
+                        reinterpret_cast<float*>(dx), threads);
+  }
+
+  void grad_values(uintptr_t dy, uintptr_t x, int64_t tokens, uintptr_t dvalues,
+                   int threads) const {
+    py::gil_scoped_release release;
+    block_sparse_grad_values(view_, transposed(), reinterpret_cast<const float*>(dy),
+                             reinterpret_cast<const float*>(x), tokens,
+                             reinterpret_cast<float*>(dvalues), threads);
   }
 
   int64_t nnz() const { return nnz_; }
@@ -94,11 +128,35 @@ class BlockSparsePattern {
   }
 
  private:
+  // Only training asks for it, so it is made by the first gradient.
+  const TransposedIndex& transposed() const {
+    std::call_once(transposed_once_, [this] { transposed_ = transposed_index(view_); });
+    return transposed_;
+  }
+
   py::array crow_, col_;
   BlockSparseView view_{};
   int64_t nnz_ = 0;
   Schedule schedule_;
+  mutable std::once_flag transposed_once_;
+  mutable TransposedIndex transposed_;
 };
+
+// (pattern, values, bias, activation, residual, y): the arguments of one product.
+using ProductArguments = std::tuple<const BlockSparsePattern*, uintptr_t, uintptr_t,
+                                    int, uintptr_t, uintptr_t>;
+
+void multiply_many(const std::vector<ProductArguments>& arguments, uintptr_t x,
+                   int64_t tokens, bool tiles, int threads) {
+  std::vector<Product> products;
+  for (const auto& [pattern, values, bias, activation, residual, y] : arguments) {
+    products.push_back(pattern->product(values, bias, activation, residual, y));
+  }
+  const auto multiply = tiles ? block_sparse_gemm_tiles : block_sparse_gemm;
+  py::gil_scoped_release release;
+  multiply(products.data(), static_cast<int64_t>(products.size()),
+           reinterpret_cast<const float*>(x), tokens, threads);
+}
 
 }  // namespace
 
@@ -109,9 +167,37 @@ void register_block_sparse_gemm(py::module_& module) {
                     std::pair<int64_t, int64_t>>(),
            arg("crow_indices"), arg("col_indices"), arg("shape"), arg("block_shape"))
       .def("multiply", &BlockSparsePattern::multiply, arg("values"), arg("x"),
-           arg("tokens"), arg("bias"), arg("activation"), arg("y"), arg("threads"))
+           arg("tokens"), arg("bias"), arg("activation"), arg("residual"), arg("y"),
+           arg("threads"))
+      .def("grad_x", &BlockSparsePattern::grad_x, arg("values"), arg("dy"),
+           arg("tokens"), arg("dx"), arg("threads"))
+      .def("grad_values", &BlockSparsePattern::grad_values, arg("dy"), arg("x"),
+           arg("tokens"), arg("dvalues"), arg("threads"))
       .def_property_readonly("nnz", &BlockSparsePattern::nnz)
       .def("schedule", &BlockSparsePattern::schedule);
+  module.def("multiply_many", &multiply_many, arg("products"), arg("x"), arg("tokens"),
+             arg("tiles"), arg("threads"));
+  module.def("tile_lanes",
+             [](int64_t tokens) { return tile_lanes(tokens, variants(active_isa())); });
+  module.def("tile_sizes", [] {
+    const Variants& isa = variants(active_isa());
+    return std::make_pair(isa.lanes, isa.max_vectors);
+  });
+  const auto address = [](uintptr_t at) { return reinterpret_cast<float*>(at); };
+  module.def(
+      "pack_tiles",
+      [=](uintptr_t x, int64_t tokens, int64_t features, uintptr_t tiles, int threads) {
+        py::gil_scoped_release release;
+        pack_tiles(address(x), tokens, features, address(tiles), threads);
+      },
+      arg("x"), arg("tokens"), arg("features"), arg("tiles"), arg("threads"));
+  module.def(
+      "unpack_tiles",
+      [=](uintptr_t tiles, int64_t tokens, int64_t features, uintptr_t y, int threads) {
+        py::gil_scoped_release release;
+        unpack_tiles(address(tiles), tokens, features, address(y), threads);
+      },
+      arg("tiles"), arg("tokens"), arg("features"), arg("y"), arg("threads"));
 }
 
 }  // namespace pybsp

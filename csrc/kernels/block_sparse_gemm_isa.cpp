@@ -219,8 +219,8 @@ namespace {
 
 // Rows rows[0..kRows) of y += their runs of weights times the shared inputs x.
 template <int kRows, int kVectors>
-void multiply_runs(const int32_t* blocks, const int32_t* rows, int64_t first_row,
-                   const float* values, int64_t run, const float* x, float* y) {
+void multiply_row_runs(const int32_t* blocks, const int32_t* rows, int64_t first_row,
+                       const float* values, int64_t run, const float* x, float* y) {
   constexpr int64_t kWidth = kVectors * kLanes;
   const float* w[kRows];
   float* out[kRows];
@@ -260,29 +260,29 @@ template <int kVectors>
 RunsFunction runs_function(int64_t rows) {
   switch (rows) {
     case 1:
-      return multiply_runs<1, kVectors>;
+      return multiply_row_runs<1, kVectors>;
     case 2:
-      return multiply_runs<2, kVectors>;
+      return multiply_row_runs<2, kVectors>;
     case 3:
-      return multiply_runs<3, kVectors>;
+      return multiply_row_runs<3, kVectors>;
     case 4:
-      return multiply_runs<4, kVectors>;
+      return multiply_row_runs<4, kVectors>;
     default:
       break;
   }
   if constexpr (kTileRows<kVectors> == 8) {
     switch (rows) {
       case 5:
-        return multiply_runs<5, kVectors>;
+        return multiply_row_runs<5, kVectors>;
       case 6:
-        return multiply_runs<6, kVectors>;
+        return multiply_row_runs<6, kVectors>;
       case 7:
-        return multiply_runs<7, kVectors>;
+        return multiply_row_runs<7, kVectors>;
       default:
-        return multiply_runs<8, kVectors>;
+        return multiply_row_runs<8, kVectors>;
     }
   }
-  return multiply_runs<4, kVectors>;
+  return multiply_row_runs<4, kVectors>;
 }
 
 template <int kVectors>

@@ -39,16 +39,18 @@ void pack_tokens(const float* x, int64_t in_features, int64_t tokens, int64_t fi
 
 namespace {
 
+// Rounds between activation and residual, as unpack does: a token's bits do not depend
+// on the path that it takes.
 template <Activation kActivation>
 void finish_all(float* y, int64_t count, const float* residual) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    const Vec a = activate<kActivation>(load(y + i));
+    const Vec a = rounded(activate<kActivation>(load(y + i)));
     store(y + i, residual ? add(a, load(residual + i)) : a);
   }
   if (i == count) return;
   const int left = static_cast<int>(count - i);
-  const Vec a = activate<kActivation>(load(y + i, left));
+  const Vec a = rounded(activate<kActivation>(load(y + i, left)));
   store(y + i, residual ? add(a, load(residual + i, left)) : a, left);
 }
 

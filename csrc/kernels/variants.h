@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "kernels/block_sparse_gemm.h"
+#include "kernels/transposed_index.h"
 #include "runtime/isa.h"
 
 namespace pybsp {
@@ -29,6 +30,40 @@ struct ColumnTiles {
   const int32_t* tile_ptr;
   const int32_t* blocks;
   const int32_t* rows;
+};
+
+// Block columns [first, last) of a transposed index.
+struct BlockColumns {
+  int64_t first;
+  int64_t last;
+  const int32_t* ccol_indices;
+  const int32_t* blocks;
+  const int32_t* row_indices;
+};
+
+// The tiles of one part of a transposed index by run.
+struct RunTiles {
+  int64_t first_feature;
+  int64_t last_feature;
+  const RunTile* begin;
+  const RunTile* end;
+  const int32_t* features;
+};
+
+// Products of features of two panels [feature][width], summed over the first `vectors`
+// vectors of tokens of each: out[dst[k] + i * stride] += a_i . b_features[k] for i in
+// [0, rows) and k in [0, count).
+struct SampledProducts {
+  const float* a;
+  int64_t rows;
+  const float* b;
+  const int32_t* features;
+  const int64_t* dst;
+  int64_t count;
+  int64_t width;
+  int64_t vectors;
+  int64_t stride;
+  float* out;
 };
 
 struct Variants {
@@ -66,6 +101,14 @@ struct Variants {
   void (*multiply_few_tokens)(const BlockSparseView& weight, int64_t first,
                               int64_t last, const float* x, int64_t tokens,
                               const float* bias, float* y);
+
+  // dx_tile[feature - first_feature][lane] = W^T dy over one part of a transposed
+  // index.
+  void (*multiply_runs)(const BlockSparseView& weight, RunTiles tiles,
+                        const float* dy_tile, int vectors, float* dx_tile);
+  void (*multiply_block_columns)(const BlockSparseView& weight, BlockColumns columns,
+                                 const float* dy_tile, int vectors, float* dx_tile);
+  void (*sampled_products)(const SampledProducts& products);
 
   // 12 x rounds vector multiply-adds; the result only keeps them from being removed.
   float (*fma_chains)(int64_t rounds);

@@ -7,9 +7,21 @@ namespace pybsp::PYBSP_ISA {
 
 const Variants& variants() {
   static constexpr Variants table = {
-      kLanes,        3,           block_squares,       add_scaled_blocks,
-      scale_blocks,  pack_tokens, multiply_rows,       multiply_columns,
-      unpack_tokens, finish,      multiply_few_tokens, fma_chains,
+      kLanes,
+      3,
+      block_squares,
+      add_scaled_blocks,
+      scale_blocks,
+      pack_tokens,
+      multiply_rows,
+      multiply_columns,
+      unpack_tokens,
+      finish,
+      multiply_few_tokens,
+      multiply_runs,
+      multiply_block_columns,
+      sampled_products,
+      fma_chains,
   };
   return table;
 }

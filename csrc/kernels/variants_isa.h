@@ -24,6 +24,11 @@ void unpack_tokens(const float* y_tile, int64_t rows, int64_t tokens, int vector
 void finish(float* y, int64_t count, Activation activation, const float* residual);
 void multiply_few_tokens(const BlockSparseView& weight, int64_t first, int64_t last,
                          const float* x, int64_t tokens, const float* bias, float* y);
+void multiply_runs(const BlockSparseView& weight, RunTiles tiles, const float* dy_tile,
+                   int vectors, float* dx_tile);
+void multiply_block_columns(const BlockSparseView& weight, BlockColumns columns,
+                            const float* dy_tile, int vectors, float* dx_tile);
+void sampled_products(const SampledProducts& products);
 float fma_chains(int64_t rounds);
 
 }  // namespace pybsp::PYBSP_ISA

@@ -24,6 +24,11 @@ inline __m256i first_lanes(int n) {
 }
 inline Vec load(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes(n)); }
 inline void store(float* p, Vec a, int n) { _mm256_maskstore_ps(p, first_lanes(n), a); }
+// a as it is, rounded: what uses it is not fused with what made it.
+inline Vec rounded(Vec a) {
+  asm("" : "+x"(a));
+  return a;
+}
 inline void prefetch(const float* p) { _mm_prefetch(p, _MM_HINT_T0); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
@@ -77,8 +82,28 @@ inline void store8(float* p, Vec8 a) { _mm256_storeu_ps(p, a); }
 // The first n of eight floats, 0 < n < 8; the others are zero and not touched.
 inline Vec8 load8(const float* p, int n) { return load(p, n); }
 inline void store8(float* p, Vec8 a, int n) { store(p, a, n); }
+inline Vec8 add8(Vec8 a, Vec8 b) { return _mm256_add_ps(a, b); }
 inline Vec8 fma8(Vec8 a, float b, Vec8 c) {
   return _mm256_fmadd_ps(a, _mm256_set1_ps(b), c);
+}
+// a, loaded once into a register: GCC 12 takes an input that several multiply-adds
+// share from memory for each of them.
+inline Vec in_register(Vec a) {
+  asm("" : "+x"(a));
+  return a;
+}
+inline float* in_register(float* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+// The sum of each of eight vectors.
+inline Vec8 reduce_add8(const Vec* a) {
+  const Vec low =
+      _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+  const Vec high =
+      _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+  return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
+                       _mm256_permute2f128_ps(low, high, 0x31));
 }
 
 }  // namespace

@@ -24,6 +24,11 @@ inline Vec load(const float* p, int n) {
 inline void store(float* p, Vec a, int n) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1 << n) - 1), a);
 }
+// a as it is, rounded: what uses it is not fused with what made it.
+inline Vec rounded(Vec a) {
+  asm("" : "+v"(a));
+  return a;
+}
 inline void prefetch(const float* p) { _mm_prefetch(p, _MM_HINT_T0); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
@@ -92,8 +97,42 @@ inline Vec8 load8(const float* p, int n) {
 inline void store8(float* p, Vec8 a, int n) {
   _mm256_mask_storeu_ps(p, static_cast<__mmask8>((1 << n) - 1), a);
 }
+inline Vec8 add8(Vec8 a, Vec8 b) { return _mm256_add_ps(a, b); }
 inline Vec8 fma8(Vec8 a, float b, Vec8 c) {
   return _mm256_fmadd_ps(a, _mm256_set1_ps(b), c);
+}
+// a, loaded once into a register: GCC 12 takes an input that several multiply-adds
+// share from memory for each of them.
+inline Vec in_register(Vec a) {
+  asm("" : "+v"(a));
+  return a;
+}
+inline float* in_register(float* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+// The sum of each of eight vectors. Every round adds the halves of two vectors into
+// one; a blend takes the place of half of the shuffles, which share a port with the
+// multiply-adds.
+inline Vec8 reduce_add8(const Vec* a) {
+  Vec t[4];
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xFF00, a[i], a[i + 4]),
+                         _mm512_shuffle_f32x4(a[i], a[i + 4], 0x4E));
+  }
+  const __m512i swapped = _mm512_setr_epi64(2, 3, 8, 9, 6, 7, 12, 13);
+  Vec u[2];
+  for (int i = 0; i < 2; ++i) {
+    const Vec crossed = _mm512_castpd_ps(_mm512_permutex2var_pd(
+        _mm512_castps_pd(t[i]), swapped, _mm512_castps_pd(t[i + 2])));
+    u[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xF0F0, t[i], t[i + 2]), crossed);
+  }
+  const Vec pairs = _mm512_add_ps(_mm512_mask_blend_ps(0xCCCC, u[0], u[1]),
+                                  _mm512_shuffle_ps(u[0], u[1], 0x4E));
+  const Vec sums = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0xB1));
+  const __m512i even =
+      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 0, 0, 0, 0, 0, 0, 0);
+  return _mm512_castps512_ps256(_mm512_permutexvar_ps(even, sums));
 }
 
 }  // namespace

@@ -33,6 +33,11 @@ inline void store(float* p, Vec a, int n) {
   store(b, a);
   for (int i = 0; i < n; ++i) p[i] = b[i];
 }
+// a as it is, rounded: what uses it is not fused with what made it.
+inline Vec rounded(Vec a) {
+  asm("" : "+m"(a));
+  return a;
+}
 inline void prefetch(const float* p) { __builtin_prefetch(p); }
 inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec sub(Vec a, Vec b) { return a - b; }
@@ -86,8 +91,17 @@ inline void store8(float* p, Vec8 a, int n) {
   store8(b, a);
   for (int i = 0; i < n; ++i) p[i] = b[i];
 }
+inline Vec8 add8(Vec8 a, Vec8 b) { return {a.low + b.low, a.high + b.high}; }
 inline Vec8 fma8(Vec8 a, float b, Vec8 c) {
   return {fma(a.low, set1(b), c.low), fma(a.high, set1(b), c.high)};
+}
+inline Vec in_register(Vec a) { return a; }
+inline float* in_register(float* p) { return p; }
+// The sum of each of eight vectors.
+inline Vec8 reduce_add8(const Vec* a) {
+  float sums[8];
+  for (int i = 0; i < 8; ++i) sums[i] = reduce_add(a[i]);
+  return load8(sums);
 }
 
 }  // namespace

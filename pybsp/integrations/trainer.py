@@ -89,6 +89,11 @@ class BlockPruningCallback(TrainerCallback):
                 f"{'DeepSpeed' if args.deepspeed else 'FSDP'}, or use "
                 "DistributedDataParallel"
             )
+        if self.cfg.packed_retraining and args.torch_compile:
+            raise ValueError(
+                "packed_retraining exchanges layers while the model trains, which "
+                "torch_compile does not expect; turn one of them off"
+            )
         if self.pruner is not None:  # an earlier train() that did not come to its end
             self.pruner.detach()
         trainer = _calling_trainer()

@@ -1,7 +1,16 @@
-"""Inference modules."""
+"""Packed modules, for inference and for training on the kept blocks."""
 
 from .linear import BlockSparseLinear
 from .pack import pack_, unpack_
 from .report import LayerReport, PackReport
+from .training import PackedTraining, pack_for_training_
 
-__all__ = ["BlockSparseLinear", "LayerReport", "PackReport", "pack_", "unpack_"]
+__all__ = [
+    "BlockSparseLinear",
+    "LayerReport",
+    "PackReport",
+    "PackedTraining",
+    "pack_",
+    "pack_for_training_",
+    "unpack_",
+]

@@ -75,7 +75,9 @@ def plan_packing(
             report = _report_packed(names[0], module)
             plans.append(LayerPlan(names, None, report, module))
             continue
-        reason = _why_not(model, names, module, foreign)
+        reason = why_not_packed(model, names, module)
+        if type(module) is nn.Linear and id(module.weight) in foreign:
+            reason = "its weight is tied to another kind of layer"
         if reason is None:
             spec = block_shape or getattr(module, "pybsp_block_shape", None)
             spec = spec or recorded(names[0])
@@ -130,14 +132,12 @@ def _weights_used_elsewhere(model: nn.Module) -> set[int]:
     }
 
 
-def _why_not(
-    model: nn.Module, names: tuple[str, ...], module: nn.Linear, foreign: set[int]
+def why_not_packed(
+    model: nn.Module, names: tuple[str, ...], module: nn.Linear
 ) -> str | None:
     """Why this layer must stay an ``nn.Linear`` whatever its zeros, or None."""
     if type(module) is not nn.Linear:
         return f"{type(module).__name__} is a linear layer of its own kind"
-    if id(module.weight) in foreign:
-        return "its weight is tied to another kind of layer"
     if "forward" in vars(module) or any(
         (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
     ):

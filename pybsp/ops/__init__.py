@@ -17,13 +17,11 @@ except ImportError as error:
         "and import the installed package from another directory"
     ) from error
 
+from .fields import bind_pattern, column_major_blocks, int32_indices
 from .linear import (
-    bind_pattern,
     block_sparse_linear,
     block_sparse_linear_fields,
     check_activation,
-    column_major_blocks,
-    int32_indices,
 )
 from .runtime import (
     active_isa,
@@ -32,6 +30,13 @@ from .runtime import (
     fma_peak,
     set_active_isa,
     show_config,
+)
+from .tiles import (
+    TokenTiles,
+    block_sparse_linear_tiles,
+    block_sparse_linears,
+    pack_tokens,
+    unpack_tokens,
 )
 from .training import (
     apply_block_mask_,
@@ -44,6 +49,7 @@ from .training import (
 )
 
 __all__ = [
+    "TokenTiles",
     "active_isa",
     "apply_block_mask_",
     "available_isas",
@@ -52,6 +58,8 @@ __all__ = [
     "block_norms",
     "block_sparse_linear",
     "block_sparse_linear_fields",
+    "block_sparse_linear_tiles",
+    "block_sparse_linears",
     "check_activation",
     "check_weight",
     "column_major_blocks",
@@ -60,7 +68,9 @@ __all__ = [
     "group_lasso_grad_",
     "group_lasso_prox_",
     "int32_indices",
+    "pack_tokens",
     "reweight",
     "set_active_isa",
     "show_config",
+    "unpack_tokens",
 ]

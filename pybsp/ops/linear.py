@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import forward_ad
 
-from .. import _core, reference
+from .. import reference
+from .fields import bind_pattern, column_major_blocks, int32_indices
+from .gradients import gradients
 
-_CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
+CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
 
 # Global names: an attribute of torch costs a twentieth of a microsecond a look-up.
 _cpu = torch.device("cpu")
@@ -24,77 +26,21 @@ _is_transforming = torch._C._are_functorch_transforms_active
 
 def check_activation(activation: str | None) -> None:
     """Refuse the name of an activation that the kernels do not have."""
-    if activation not in _CODES:
+    if activation not in CODES:
         raise ValueError(
-            f"activation must be one of {list(_CODES)}; got {activation!r}; "
+            f"activation must be one of {list(CODES)}; got {activation!r}; "
             "apply other activations to the result"
         )
 
 
-def column_major_blocks(values: torch.Tensor) -> torch.Tensor:
-    """``values`` with strides ``(r*c, 1, r)``; itself when it already has them."""
-    if values.dim() != 3:
-        raise ValueError(
-            f"values must have shape (nnz, r, c); got {tuple(values.shape)}"
-        )
-    if values.transpose(1, 2).is_contiguous():
-        return values
-    return values.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def int32_indices(name: str, indices: torch.Tensor) -> torch.Tensor:
-    """``indices`` as contiguous int32; an entry that does not fit is refused."""
-    if indices.dtype != torch.int32:
-        # int16 is how checkpoints store indices that fit in it.
-        if indices.dtype not in (torch.int16, torch.int64):
-            raise TypeError(
-                f"{name} must be integers, int16, int32 or int64; got {indices.dtype}; "
-                "call .int() first"
-            )
-        low, high = (int(v) for v in indices.aminmax()) if indices.numel() else (0, 0)
-        if low < 0 or high >= 2**31:
-            raise ValueError(
-                f"{name} reaches from {low} to {high}, outside of 0 to 2**31 - 1"
-            )
-    return indices.to(torch.int32).contiguous()
-
-
-def bind_pattern(
-    crow_indices: torch.Tensor,
-    col_indices: torch.Tensor,
-    values: torch.Tensor,
-    shape: tuple[int, int],
-) -> Any:
-    """Check the fields of a block-sparse matrix and return the native pattern.
-
-    The pattern keeps the index tensors' memory; they must not be written to.
-    """
-    if values.dtype != torch.float32:
-        raise TypeError(
-            f"values must be float32; got {values.dtype}; call .float() first"
-        )
-    devices = {t.device for t in (crow_indices, col_indices, values)}
-    if len(devices) > 1:
-        raise ValueError(
-            "crow_indices, col_indices and values must be on one device; got "
-            f"{', '.join(sorted(map(str, devices)))}"
-        )
-    if values.shape[0] != col_indices.numel():
-        raise ValueError(
-            f"values holds {values.shape[0]} blocks and col_indices "
-            f"{col_indices.numel()} entries; they must be equal"
-        )
-    block_shape = (values.shape[1], values.shape[2])
-    return _core.BlockSparsePattern(
-        crow_indices.detach().cpu().numpy(), col_indices.detach().cpu().numpy(),
-        shape, block_shape,
-    )  # fmt: skip
-
-
 def block_sparse_linear(
-    x: Any, W: Any, bias: Any = None, activation: str | None = None
+    x: Any,
+    W: Any,
+    bias: Any = None,
+    activation: str | None = None,
+    residual: Any = None,
 ) -> Any:
-    """``activation(x @ W.T + bias)`` for a block-sparse ``W``.
+    """``activation(x @ W.T + bias) + residual`` for a block-sparse ``W``.
 
     Parameters
     ----------
@@ -103,10 +49,11 @@ def block_sparse_linear(
         The latter is checked and copied on every call.
     bias : ``(out,)`` of the kind of ``x``, or None
     activation : None, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``
+    residual : ``(..., out)`` of the kind of ``x``, or None
 
-    Returns ``(..., out)`` of the kind of ``x``. Differentiable in ``x``, ``bias`` and
-    ``W.values``; ``W``'s pattern is fixed. Works under ``inference_mode``,
-    ``torch.compile`` and ``torch.export``.
+    Returns ``(..., out)`` of the kind of ``x``. Differentiable in ``x``, ``bias``,
+    ``residual`` and ``W.values``; ``W``'s pattern is fixed. Works under
+    ``inference_mode``, ``torch.compile`` and ``torch.export``.
     """
     if (
         not _is_compiling()
@@ -125,28 +72,33 @@ def block_sparse_linear(
         try:
             values, pattern, (out_features, in_features) = W.values, W.pattern, W.shape
         except AttributeError:
-            return block_sparse_linear(x, _from_bsr(W), bias, activation)
+            return block_sparse_linear(x, from_bsr(W), bias, activation, residual)
         shape = x.shape
         if (
             x.dtype is not _float32
             or not values.is_cpu
             or not shape
             or shape[-1] != in_features
-            or activation not in _CODES
+            or activation not in CODES
         ):
             _check_linear(x, W, activation)
-            return _block_sparse_linear_dispatched(x, W, bias, activation)
-        bias_address = 0
+            return _block_sparse_linear_dispatched(x, W, bias, activation, residual)
+        bias_address = residual_address = 0
         if bias is not None:
-            bias = _checked_bias(bias, out_features)
+            bias = checked_bias(bias, out_features)
             bias_address = bias.data_ptr()
+        if residual is not None:
+            residual = checked_residual(residual, (*shape[:-1], out_features))
+            residual_address = residual.data_ptr()
         if _is_grad_enabled() and (
             x.requires_grad
             or values.requires_grad
             or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
         ):
             product = _EagerProduct.apply(x, values, bias, W)  # type: ignore[no-untyped-call]
-            return reference.ACTIVATIONS[activation](product)
+            y = reference.ACTIVATIONS[activation](product)
+            return y if residual is None else y + residual
         x = x.contiguous()
         # Not torch.empty, which follows the default dtype and device.
         y = x.new_empty((*shape[:-1], out_features))
@@ -155,14 +107,15 @@ def block_sparse_linear(
             x.data_ptr(),
             y.numel() // out_features,
             bias_address,
-            _CODES[activation],
+            CODES[activation],
+            residual_address,
             y.data_ptr(),
             _get_num_threads(),
         )
         return y
     if type(x).__module__ == "numpy":
-        return _block_sparse_linear_numpy(x, W, bias, activation)
-    return _block_sparse_linear_dispatched(x, W, bias, activation)
+        return _block_sparse_linear_numpy(x, W, bias, activation, residual)
+    return _block_sparse_linear_dispatched(x, W, bias, activation, residual)
 
 
 def _multiply(
@@ -182,6 +135,7 @@ def _multiply(
         y.numel() // out_features,
         0 if bias is None else bias.data_ptr(),
         activation,
+        0,
         y.data_ptr(),
         _get_num_threads(),
     )
@@ -198,7 +152,7 @@ class _Matrix(NamedTuple):
     pattern: Any
 
 
-def _from_bsr(tensor: Any) -> _Matrix:
+def from_bsr(tensor: Any) -> _Matrix:
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.sparse_bsr:
         kind = tensor.layout if isinstance(tensor, torch.Tensor) else type(tensor)
         raise TypeError(
@@ -230,7 +184,7 @@ def _check_features(x: Any, shape: tuple[int, int]) -> None:
         )
 
 
-def _checked_bias(bias: Any, out_features: int, device: Any = _cpu) -> torch.Tensor:
+def checked_bias(bias: Any, out_features: int, device: Any = _cpu) -> torch.Tensor:
     if not isinstance(bias, torch.Tensor):
         raise TypeError(
             f"bias must be of the kind of x, a torch tensor; got {type(bias).__name__}"
@@ -248,15 +202,45 @@ def _checked_bias(bias: Any, out_features: int, device: Any = _cpu) -> torch.Ten
     return bias.contiguous()
 
 
+def checked_residual(
+    residual: Any, shape: tuple[int, ...], device: Any = _cpu
+) -> torch.Tensor:
+    """``residual`` as the contiguous float32 tensor that the kernel adds."""
+    if not isinstance(residual, torch.Tensor):
+        raise TypeError(
+            "residual must be of the kind of x, a torch tensor; got "
+            f"{type(residual).__name__}"
+        )
+    if residual.shape != shape:
+        raise ValueError(
+            f"residual has shape {tuple(residual.shape)}; it must be that of the "
+            f"result, {tuple(shape)}"
+        )
+    if residual.dtype is not _float32:
+        raise TypeError(
+            f"residual must be float32; got {residual.dtype}; call .float() first"
+        )
+    if residual.device != device:
+        raise ValueError(
+            f"residual is on {residual.device} and x on {device}; move one of them"
+        )
+    return residual.contiguous()
+
+
 def _block_sparse_linear_numpy(
-    x: Any, W: Any, bias: Any, activation: str | None
+    x: Any, W: Any, bias: Any, activation: str | None, residual: Any
 ) -> Any:
     import numpy as np
 
-    W = W if hasattr(W, "pattern") else _from_bsr(W)
+    W = W if hasattr(W, "pattern") else from_bsr(W)
     if bias is not None and type(bias).__module__ != "numpy":
         raise TypeError(
             f"bias must be of the kind of x, a numpy array; got {type(bias).__name__}"
+        )
+    if residual is not None and type(residual).__module__ != "numpy":
+        raise TypeError(
+            "residual must be of the kind of x, a numpy array; got "
+            f"{type(residual).__name__}"
         )
     _check_linear(x, W, activation)
     if x.dtype != np.float32:
@@ -267,13 +251,16 @@ def _block_sparse_linear_numpy(
     x = np.ascontiguousarray(x)
     y = np.empty((*x.shape[:-1], out_features), np.float32)
     if bias is not None:
-        bias = _checked_bias(torch.as_tensor(np.array(bias)), out_features)
+        bias = checked_bias(torch.as_tensor(np.array(bias)), out_features)
+    if residual is not None:
+        residual = checked_residual(torch.as_tensor(np.array(residual)), y.shape)
     W.pattern.multiply(
         W.values.data_ptr(),
         x.ctypes.data,
         y.size // out_features,
         0 if bias is None else bias.data_ptr(),
-        _CODES[activation],
+        CODES[activation],
+        0 if residual is None else residual.data_ptr(),
         y.ctypes.data,
         torch.get_num_threads(),
     )
@@ -281,17 +268,18 @@ def _block_sparse_linear_numpy(
 
 
 def _block_sparse_linear_dispatched(
-    x: Any, W: Any, bias: Any, activation: str | None
+    x: Any, W: Any, bias: Any, activation: str | None, residual: Any
 ) -> Any:
     """Through the operator: autograd, compile, export, other devices, autocast."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(
             f"x must be a torch tensor or numpy array; got {type(x).__name__}"
         )
-    W = W if hasattr(W, "pattern") else _from_bsr(W)
-    return block_sparse_linear_fields(
+    W = W if hasattr(W, "pattern") else from_bsr(W)
+    y = block_sparse_linear_fields(
         x, W.values, W.crow_indices, W.col_indices, W.shape, bias, activation
     )
+    return y if residual is None else y + checked_residual(residual, y.shape, y.device)
 
 
 def block_sparse_linear_fields(
@@ -324,7 +312,7 @@ def block_sparse_linear_fields(
         )
     _check_features(x, shape)
     if bias is not None:
-        bias = _checked_bias(bias, shape[0], x.device)
+        bias = checked_bias(bias, shape[0], x.device)
     tensors = (x, values, bias)
     fused = not torch.is_grad_enabled() or not any(
         t is not None and t.requires_grad for t in tensors
@@ -356,7 +344,7 @@ def _block_sparse_linear(
     x = x.detach().as_subclass(torch.Tensor).resolve_neg()
     values = column_major_blocks(values)
     pattern = bind_pattern(crow_indices, col_indices, values, shape)
-    return _multiply(pattern, x, values, bias, _CODES[name], out_features)
+    return _multiply(pattern, x, values, bias, CODES[name], out_features)
 
 
 @_block_sparse_linear.register_fake
@@ -374,29 +362,10 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None: 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     needs = ctx.needs_input_grad
-    grad_x, grad_values, grad_bias = _gradients(ctx, grad, needs[0], needs[1], needs[4])
+    grad_x, grad_values, grad_bias = gradients(
+        grad, *ctx.saved_tensors, ctx.shape, (needs[0], needs[1], needs[4])
+    )
     return grad_x, grad_values, None, None, grad_bias, None, None
-
-
-def _gradients(
-    ctx: Any, grad: torch.Tensor, for_x: bool, for_values: bool, for_bias: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    x, values, crow_indices, col_indices = ctx.saved_tensors
-    grad_x = grad_values = grad_bias = None
-    rows = grad.reshape(-1, ctx.shape[0])
-    if for_x:
-        weight = reference.block_sparse_to_dense(
-            crow_indices, col_indices, values, ctx.shape
-        )
-        grad_x = grad @ weight
-    if for_values:
-        grad_values = reference.gather_blocks(
-            rows.t() @ x.reshape(-1, ctx.shape[1]), crow_indices, col_indices,
-            (values.shape[1], values.shape[2]),
-        )  # fmt: skip
-    if for_bias:
-        grad_bias = rows.sum(0)
-    return grad_x, grad_values, grad_bias
 
 
 _block_sparse_linear.register_autograd(_backward, setup_context=_save_for_backward)
@@ -411,10 +380,18 @@ class _EagerProduct(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, values: torch.Tensor, bias: Any, W: Any
     ) -> torch.Tensor:
         ctx.save_for_backward(x, values, W.crow_indices, W.col_indices)
-        ctx.shape = W.shape
-        return _multiply(W.pattern, x, values, bias, _CODES[None], W.shape[0])
+        ctx.shape, ctx.pattern = W.shape, W.pattern
+        return _multiply(W.pattern, x, values, bias, CODES[None], W.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        needs = ctx.needs_input_grad
-        return *_gradients(ctx, grad, needs[0], needs[1], needs[2]), None
+        needs = ctx.needs_input_grad[:3]
+        # What expects to see operators gets them: double backward, modes, functorch.
+        direct = (
+            type(grad) is torch.Tensor
+            and not _is_grad_enabled()
+            and not _dispatch_modes()
+            and not _is_transforming()
+        )
+        pattern = ctx.pattern if direct else None
+        return *gradients(grad, *ctx.saved_tensors, ctx.shape, needs, pattern), None

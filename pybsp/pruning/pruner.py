@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -46,10 +46,15 @@ class BlockPruner:
             changed before the checks have passed.
     """
 
+    #: ``pybsp.nn.training``, which lies above this module and puts itself here.
+    packing: ClassVar[Any] = None
+
     def __init__(
         self, model: nn.Module, cfg: BlockPruningConfig, *, total_steps: int
     ) -> None:
         self.model = unwrap_model(model)
+        if cfg.packed_retraining:
+            self.packing.check_model(model)
         self.cfg = cfg
         self.schedule = PruningSchedule.from_config(cfg, total_steps)
         self.targets: dict[str, Target] = {
@@ -64,6 +69,7 @@ class BlockPruner:
         self.regulariser = Regulariser(cfg, self.targets, self.pools)
         self._hooks: StepHooks | None = None
         self._optimizer: weakref.ref[Optimizer] | None = None
+        self._packed: Any = None
 
     def attach(self, optimizer: Any) -> BlockPruner:
         """Hook ``optimizer`` (wrapped or not); attaching twice to the same is one.
@@ -93,15 +99,22 @@ class BlockPruner:
                 f"such as that of '{missing[0]}'; build it from model.parameters() "
                 "after the model has its final form, or exclude these modules"
             )
+        if self.cfg.packed_retraining:
+            self.packing.check_optimizer(inner)
+            self.packing.check_layers(self.model, list(self.targets))
         self._hooks = StepHooks(inner, self._before_step, self._after_step)
         self._optimizer = weakref.ref(inner)
         _attached[inner] = self
         if self.step >= self.schedule.cut_step:
             self.cut()
+        self._pack()
         return self
 
     def detach(self) -> None:
-        """Remove the hooks; a second call does nothing."""
+        """Remove the hooks, make packed layers dense; a second call does nothing."""
+        if self._packed is not None:
+            self._packed.unpack()
+            self._packed = None
         if self._hooks is not None:
             self._hooks.remove()
         optimizer = self._optimizer() if self._optimizer is not None else None
@@ -128,13 +141,15 @@ class BlockPruner:
 
     def metrics(self) -> dict[str, float]:
         """Numbers worth logging, with the keys ``pybsp/...``."""
-        regularising = self.phase is Phase.REGULARISE and self.cfg.penalised
-        weights = self._weights()
+        penalty = strength = 0.0
+        if self.phase is Phase.REGULARISE and self.cfg.penalised:
+            penalty = self.regulariser.value(self._weights())
+            strength = self.regulariser.strength()
         return {
             "pybsp/sparsity": self.sparsity,
             "pybsp/phase": float(self.phase),
-            "pybsp/penalty": self.regulariser.value(weights) if regularising else 0.0,
-            "pybsp/lambda": self.regulariser.strength() if regularising else 0.0,
+            "pybsp/penalty": penalty,
+            "pybsp/lambda": strength,
             "pybsp/masked_steps": float(max(0, self.step - self.schedule.cut_step)),
         }
 
@@ -145,6 +160,7 @@ class BlockPruner:
             self._prune_to(1.0)
             self.at_target = True
             self.regulariser.stop()
+            self._pack()
 
     @torch.no_grad()
     def finalize(self) -> dict[str, Any]:
@@ -163,6 +179,9 @@ class BlockPruner:
                 f"the run stopped after {self.step} optimizer steps, before the cut at "
                 f"step {self.schedule.cut_step}; train on, or call cut() to prune now"
             )
+        if self._packed is not None:
+            self._packed.unpack()
+            self._packed = None
         for name, weight in self._weights().items():
             shape = self.targets[name].block_shape
             norms = penalties.block_norms(weight, shape)
@@ -203,6 +222,11 @@ class BlockPruner:
             ValueError: when the state is incomplete or of another configuration, run
                 length or model. Nothing is changed then.
         """
+        if self._packed is not None:
+            raise ValueError(
+                "the layers are packed for the retrain phase; detach() first, then "
+                "load the weights and this state and attach() again"
+            )
         check_state(state, self)
         self.step = int(state["step"])
         self.at_target = bool(state["at_target"])
@@ -217,6 +241,19 @@ class BlockPruner:
             name: value.to(weights[name].device, torch.bool)
             for name, value in state["masks"].items()
         }
+        self._pack()
+
+    def _pack(self) -> None:
+        """Train packed layers from here on, if that is wanted and possible already."""
+        optimizer = self._optimizer() if self._optimizer is not None else None
+        if not (self.cfg.packed_retraining and self.at_target and optimizer):
+            return
+        if self._packed is None:
+            masks = {
+                name: (mask, self.targets[name].block_shape)
+                for name, mask in self.masks.items()
+            }
+            self._packed = self.packing.swap(self.model, optimizer, masks)
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {
@@ -224,6 +261,8 @@ class BlockPruner:
         }
 
     def _before_step(self, optimizer: Optimizer) -> None:
+        if self._packed is not None:
+            return
         weights = self._weights()
         if self.phase is Phase.REGULARISE and self.cfg.penalised:
             due = self.step in self.schedule.reweight_steps
@@ -239,7 +278,8 @@ class BlockPruner:
     def _after_step(self, optimizer: Optimizer) -> None:
         if self.phase is Phase.REGULARISE and self.regulariser.on_weights:
             self.regulariser.shrink_(self._weights(), learning_rates(optimizer))
-        self._mask_weights()
+        if self._packed is None:
+            self._mask_weights()
         self.step += 1
         if self.step >= self.schedule.cut_step:
             self.cut()

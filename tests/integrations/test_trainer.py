@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import (
 
 from pybsp import BlockPruner, BlockPruningConfig, preserve_sparsity
 from pybsp.integrations.trainer import STATE_NAME, BlockPruningCallback
+from pybsp.nn import BlockSparseLinear
 from pybsp.pruning.state import load_state
 
 CFG = BlockPruningConfig(target_sparsity=0.75, phases=(0.2, 0.4, 0.4))
@@ -229,6 +231,66 @@ def test_resume_in_any_phase_repeats_the_run(
         again.train(resume_from_checkpoint=checkpoint)
         for name, value in again.model.state_dict().items():
             torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+
+
+def test_packed_retraining_gives_the_same_model(tmp_path: Path) -> None:
+    """Without clipping, whose norm counts the gradients of removed blocks when masked."""
+
+    class Kinds(TrainerCallback):
+        def __init__(self) -> None:
+            self.packed: list[bool] = []
+
+        def on_step_begin(self, args, state, control, model=None, **kwargs):  # noqa: ARG002
+            query = model.bert.encoder.layer[0].attention.self.query
+            self.packed.append(isinstance(query, BlockSparseLinear))
+
+    states, losses = [], []
+    for packed in (False, True):
+        cfg = replace(CFG, packed_retraining=packed)
+        kinds = Kinds()
+        folder = tmp_path / str(packed)
+        trainer = make_trainer(
+            folder, BlockPruningCallback(cfg), kinds, max_grad_norm=0.0,
+            save_strategy="steps", save_steps=4, eval_strategy="steps", eval_steps=4,
+            load_best_model_at_end=True,
+        )  # fmt: skip
+        trainer.train()
+        assert kinds.packed == [packed and step >= 12 for step in range(20)]
+        query = trainer.model.bert.encoder.layer[0].attention.self.query
+        assert type(query) is nn.Linear
+        assert query.pybsp_block_shape == (8, 1)
+        saved = load_file(folder / "checkpoint-16" / "model.safetensors")
+        assert encoder_sparsity(saved) == 0.75
+        trainer.save_model(str(folder / "out"))
+        out = BertForSequenceClassification.from_pretrained(folder / "out")
+        assert encoder_sparsity(out.state_dict()) == 0.75
+        states.append({**trainer.model.state_dict(), **saved})
+        losses.append([e["loss"] for e in trainer.state.log_history if "loss" in e])
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-4)
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name] == 0, value == 0), name
+        torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("step", [10, 12, 14, 16])
+def test_packed_retraining_resumes(tmp_path: Path, step: int) -> None:
+    cfg = replace(CFG, packed_retraining=True)
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 16}
+    whole = make_trainer(tmp_path, BlockPruningCallback(cfg), **saving)
+    whole.train()
+    again = make_trainer(tmp_path / "again", BlockPruningCallback(cfg), max_steps=16)
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    for name, value in again.model.state_dict().items():
+        assert torch.equal(value, whole.model.state_dict()[name]), name
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_packed_retraining_refuses_a_compiled_model(tmp_path: Path) -> None:
+    cfg = replace(CFG, packed_retraining=True)
+    trainer = make_trainer(tmp_path, BlockPruningCallback(cfg), torch_compile=True)
+    with pytest.raises(ValueError, match="torch_compile"):
+        trainer.train()
 
 
 def test_resume_refuses_missing_or_damaged_state(tmp_path: Path) -> None:

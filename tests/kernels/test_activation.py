@@ -70,7 +70,8 @@ def test_extreme_values(isa: str, name: str, tokens: int) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_nan_and_inf_are_those_of_torch(isa: str, name: str) -> None:
     x = torch.tensor([math.nan, math.inf, -math.inf, 1.0, -1.0])
-    expected = reference.ACTIVATIONS[name](x)
+    # In float64: torch's float32 gelu of infinity is NaN on some CPUs.
+    expected = reference.ACTIVATIONS[name](x.double()).float()
     for tokens in (1, 20):
         y = activate(name, x, tokens)
         torch.testing.assert_close(y, expected, equal_nan=True, msg=f"{isa} {tokens}")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pybsp import BlockPruner, BlockPruningConfig
+from pybsp.nn import BlockSparseLinear
 from pybsp.pruning.penalty import block_norms
 from pybsp.pruning.schedule import Phase
 from pybsp.pruning.state import load_state, save_state
@@ -200,6 +201,101 @@ def test_resume_at_any_step_repeats_the_run(
             assert torch.equal(mask, pruner.masks[name])
         for mine, theirs in zip(model.parameters(), whole.parameters(), strict=True):
             assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("settings", FORMS)
+def test_packed_retraining_equals_masked(settings: dict[str, Any]) -> None:
+    states = []
+    for packed in (False, True):
+        model = network()
+        optimizer = adam(model)
+        cfg = config(**settings, packed_retraining=packed)
+        pruner = BlockPruner(model, cfg, total_steps=STEPS).attach(optimizer)
+        kinds = []
+        train(
+            model,
+            optimizer,
+            range(STEPS),
+            lambda _, m=model, k=kinds: k.append(type(m[0])),
+        )
+        assert (kinds[11:] == [BlockSparseLinear] * 9) == packed
+        assert kinds[:11] == [nn.Linear] * 11
+        assert pruner.metrics()["pybsp/masked_steps"] == 8
+        pruner.finalize()
+        assert type(model[0]) is nn.Linear
+        assert optimizer.param_groups[0]["params"][0] is model[0].weight
+        states.append(model.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name] == 0, value == 0)
+        torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stop", [11, 12, 17, 20])
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("attach_first", [False, True])
+def test_packed_retraining_resumes_from_dense_checkpoints(
+    stop: int, before: bool, attach_first: bool
+) -> None:
+    def packing(packed: bool) -> BlockPruningConfig:
+        return config(packed_retraining=packed)
+
+    whole = network()
+    optimizer = adam(whole)
+    pruner = BlockPruner(whole, packing(before), total_steps=STEPS).attach(optimizer)
+    train(whole, optimizer, range(stop))
+    buffer = io.BytesIO()
+    torch.save(
+        (whole.state_dict(), optimizer.state_dict(), pruner.state_dict()), buffer
+    )
+    train(whole, optimizer, range(stop, STEPS))
+    pruner.finalize()
+    buffer.seek(0)
+    weights, moments, state = torch.load(buffer)
+    model = network(seed=1)
+    assert {k: v.shape for k, v in weights.items()} == {
+        k: v.shape for k, v in model.state_dict().items()
+    }
+    again = adam(model)
+    model.load_state_dict(weights)
+    again.load_state_dict(moments)
+    pruner = BlockPruner(model, packing(True), total_steps=STEPS)
+    if attach_first:
+        pruner.attach(again)
+    pruner.load_state_dict(state)
+    pruner.attach(again)
+    assert isinstance(model[0], BlockSparseLinear) == (stop >= 12)
+    train(model, again, range(stop, STEPS))
+    pruner.finalize()
+    for mine, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        if before:
+            assert torch.equal(mine, theirs)
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_retraining_refuses_what_it_cannot_exchange() -> None:
+    cfg = config(packed_retraining=True)
+    with pytest.raises(ValueError, match="inside DataParallel"):
+        BlockPruner(nn.DataParallel(network()), cfg, total_steps=STEPS)
+    model = network()
+    pruner = BlockPruner(model, cfg, total_steps=STEPS)
+    with pytest.raises(ValueError, match="LBFGS is not known"):
+        pruner.attach(torch.optim.LBFGS(model.parameters()))
+    handle = model[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="'0' cannot train packed: it has hooks"):
+        pruner.attach(adam(model))
+    handle.remove()
+    optimizer = adam(model)
+    pruner.attach(optimizer).cut()
+    with pytest.raises(ValueError, match="detach"):
+        pruner.load_state_dict(pruner.state_dict())
+    assert isinstance(model[0], BlockSparseLinear)
+    pruner.detach()
+    assert type(model[0]) is nn.Linear
+    shared = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    shared[1].weight = shared[0].weight
+    pruner = BlockPruner(shared, cfg, total_steps=STEPS)
+    with pytest.raises(ValueError, match="shared with '1'"):
+        pruner.attach(adam(shared))
 
 
 def test_state_of_another_run_is_refused_and_changes_nothing(tmp_path: Path) -> None:

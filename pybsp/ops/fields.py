@@ -1,0 +1,69 @@
+"""The tensors of a block-sparse matrix, checked once and bound to the native pattern."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import _core
+
+
+def column_major_blocks(values: torch.Tensor) -> torch.Tensor:
+    """``values`` with strides ``(r*c, 1, r)``; itself when it already has them."""
+    if values.dim() != 3:
+        raise ValueError(
+            f"values must have shape (nnz, r, c); got {tuple(values.shape)}"
+        )
+    if values.transpose(1, 2).is_contiguous():
+        return values
+    return values.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def int32_indices(name: str, indices: torch.Tensor) -> torch.Tensor:
+    """``indices`` as contiguous int32; an entry that does not fit is refused."""
+    if indices.dtype != torch.int32:
+        # int16 is how checkpoints store indices that fit in it.
+        if indices.dtype not in (torch.int16, torch.int64):
+            raise TypeError(
+                f"{name} must be integers, int16, int32 or int64; got {indices.dtype}; "
+                "call .int() first"
+            )
+        low, high = (int(v) for v in indices.aminmax()) if indices.numel() else (0, 0)
+        if low < 0 or high >= 2**31:
+            raise ValueError(
+                f"{name} reaches from {low} to {high}, outside of 0 to 2**31 - 1"
+            )
+    return indices.to(torch.int32).contiguous()
+
+
+def bind_pattern(
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    values: torch.Tensor,
+    shape: tuple[int, int],
+) -> Any:
+    """Check the fields of a block-sparse matrix and return the native pattern.
+
+    The pattern keeps the index tensors' memory; they must not be written to.
+    """
+    if values.dtype != torch.float32:
+        raise TypeError(
+            f"values must be float32; got {values.dtype}; call .float() first"
+        )
+    devices = {t.device for t in (crow_indices, col_indices, values)}
+    if len(devices) > 1:
+        raise ValueError(
+            "crow_indices, col_indices and values must be on one device; got "
+            f"{', '.join(sorted(map(str, devices)))}"
+        )
+    if values.shape[0] != col_indices.numel():
+        raise ValueError(
+            f"values holds {values.shape[0]} blocks and col_indices "
+            f"{col_indices.numel()} entries; they must be equal"
+        )
+    block_shape = (values.shape[1], values.shape[2])
+    return _core.BlockSparsePattern(
+        crow_indices.detach().cpu().numpy(), col_indices.detach().cpu().numpy(),
+        shape, block_shape,
+    )  # fmt: skip
