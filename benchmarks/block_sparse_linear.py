@@ -1,7 +1,7 @@
 """One linear layer: ``pybsp.block_sparse_linear`` against the dense peers.
 
-Row-major in and out, bias added, weights warm. Every block shape and sparsity of a layer
-takes turns with torch, ONNX Runtime and OpenVINO, whose times depend on neither.
+Row-major in and out, bias added, weights warm. Every block shape and sparsity of a
+layer takes turns with torch, ONNX Runtime and OpenVINO, whose times depend on neither.
 ``speedup`` is over the fastest of them; ``of_peak`` as in ``benchmarks.kernel``.
 
     python -m benchmarks.block_sparse_linear [--tokens 1 16 128] [--sparsity 0.8]

@@ -1,8 +1,8 @@
 """DeepSparse, which needs an environment of its own, as a candidate that takes turns.
 
-    python3.11 -m venv DIR
-    DIR/bin/pip install --only-binary deepsparse deepsparse==1.8.0
-    python -m benchmarks --deepsparse DIR/bin/python
+python3.11 -m venv DIR
+DIR/bin/pip install --only-binary deepsparse deepsparse==1.8.0
+python -m benchmarks --deepsparse DIR/bin/python
 """
 
 from __future__ import annotations

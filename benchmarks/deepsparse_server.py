@@ -1,8 +1,8 @@
 """Runs under the Python of DeepSparse's own environment; ``deepsparse.py`` starts it.
 
-``server.py X.npy LINEAR.onnx THREADS OUTPUT.npy``: compiles the model, writes its output
-on X, prints ``ready``, then for every line of standard input, a number of calls, prints
-the seconds of each call on one line.
+``deepsparse_server.py X.npy LINEAR.onnx THREADS OUTPUT.npy``: compiles the model,
+writes its output on X, prints ``ready``, then for every line of standard input, a
+number of calls, prints the seconds of each call on one line.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """The kernel alone: tokens in tiles, in and out, as a fraction of the FMA peak.
 
 ``of_peak`` is ``2 M nnz / time`` over the register-only multiply-add peak taken right
-before; skipped zeros do not count as work. Bias added, nothing transposed, weights warm.
+before; skipped zeros do not count as work. Bias added, no transposition, weights warm.
 
     python -m benchmarks.kernel [--quick] [--layers ...] [--blocks 8,1 ...]
 """
@@ -38,7 +38,9 @@ def measure(options: Options) -> dict[str, Any]:
     return {"rows": rows, "targets": targets(rows)}
 
 
-def tile_rows(options: Options, sparsities: Sequence[float]) -> Iterator[dict[str, Any]]:
+def tile_rows(
+    options: Options, sparsities: Sequence[float]
+) -> Iterator[dict[str, Any]]:
     for name, shape in options.shapes().items():
         for block, sparsity in itertools.product(options.divisors(shape), sparsities):
             layer = random_layer(name, shape, block, sparsity)

@@ -1,4 +1,4 @@
-"""The layers that are measured: shapes, block shapes, random weights with zero blocks."""
+"""The layers that are measured: shapes, block shapes, random block-sparse weights."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def random_tokens(count: int, features: int) -> torch.Tensor:
 def check(what: str, found: Any, x: torch.Tensor, layer: Layer) -> None:
     """Raise unless ``found`` is the layer's output on ``x`` but for rounding.
 
-    The bound is ``c eps (|x| |w| + |bias|)`` with Euclidean norms, ``c = 4 + 2 sqrt(n)``
-    for ``n`` nonzero weights of the output.
+    The bound is ``c eps (|x| |w| + |bias|)`` with Euclidean norms and
+    ``c = 4 + 2 sqrt(n)`` for ``n`` nonzero weights of the output.
     """
     expected, bound = _expected(x, layer)
     error = (torch.as_tensor(found).double() - expected).abs()

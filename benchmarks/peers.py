@@ -8,6 +8,7 @@ is not installed is absent from the dictionaries.
 from __future__ import annotations
 
 import io
+import logging
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -39,13 +40,15 @@ def dense_int8(x: torch.Tensor, layer: Layer) -> dict[str, Call]:
     from torch.ao.nn import quantized
 
     torch.backends.quantized.engine = "x86"
-    bias = layer.bias
-    per_channel = quantized_weight(layer.weight)
-    dynamic = quantized.dynamic.Linear(*reversed(layer.weight.shape))
-    dynamic.set_weight_bias(per_channel, bias)
-    static = quantized.Linear(*reversed(layer.weight.shape))
-    static.set_weight_bias(per_channel, bias)
-    x8 = static_input(static, x, layer)
+    outputs, inputs = layer.weight.shape
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch: deprecated
+        per_channel = quantized_weight(layer.weight)
+        dynamic = quantized.dynamic.Linear(inputs, outputs)
+        dynamic.set_weight_bias(per_channel, layer.bias)
+        static = quantized.Linear(inputs, outputs)
+        static.set_weight_bias(per_channel, layer.bias)
+        x8 = static_input(static, x, layer)
     calls: dict[str, Call] = {
         "torch int8 dynamic": lambda: dynamic(x),
         "torch int8 static": lambda: static(x8),
@@ -55,13 +58,18 @@ def dense_int8(x: torch.Tensor, layer: Layer) -> dict[str, Call]:
 
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "linear.onnx"
-            # The weight is the second input of MatMul; 8 bits unsigned for x.
+            # It advises to infer shapes first; all of them are given.
+            logging.getLogger().addFilter(_no_advice)
             quantize_dynamic(
                 onnx_linear(x, layer), file, per_channel=True,
                 weight_type=QuantType.QInt8,
             )  # fmt: skip
             calls["onnxruntime int8 dynamic"] = onnxruntime_call(file.read_bytes(), x)
     return calls
+
+
+def _no_advice(record: logging.LogRecord) -> bool:
+    return "pre-processing before quantization" not in record.getMessage()
 
 
 def sparse(x: torch.Tensor, layer: Layer) -> dict[str, Call]:
@@ -95,9 +103,10 @@ def sparse_int8(x: torch.Tensor, layer: Layer) -> dict[str, Call]:
     torch.backends.quantized.engine = "fbgemm"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch: deprecated
-        linear = torch.ao.nn.sparse.quantized.Linear(*reversed(layer.weight.shape), 1, 4)
+        outputs, inputs = layer.weight.shape
+        linear = torch.ao.nn.sparse.quantized.Linear(inputs, outputs, 1, 4)
         linear.set_weight_bias(quantized_weight(layer.weight), layer.bias, 1, 4)
-    x8 = static_input(linear, x, layer)
+        x8 = static_input(linear, x, layer)
     return {"torch.ao sparse int8 1x4": lambda: linear(x8)}
 
 
@@ -129,7 +138,9 @@ def onnx_linear(x: torch.Tensor, layer: Layer) -> Any:
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x.shape))],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [tokens, outputs])],
         [
-            numpy_helper.from_array(np.ascontiguousarray(layer.weight.t().numpy()), "w"),
+            numpy_helper.from_array(
+                np.ascontiguousarray(layer.weight.t().numpy()), "w"
+            ),
             numpy_helper.from_array(layer.bias.numpy(), "b"),
         ],
     )

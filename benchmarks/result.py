@@ -12,17 +12,27 @@ from typing import Any
 from pybsp.cli import environment
 
 RESULTS = Path(__file__).parent / "results"
+SEPARATOR = ",\n  "
 
 
 def save(name: str, data: dict[str, Any]) -> Path:
-    """Write ``results/<name>.json``: the data beside machine, commit and command."""
+    """Write ``results/<name>.json``: the data beside machine, commit and command.
+
+    Long lists are written an entry a line.
+    """
     record = {
-        "command": " ".join(["python", "-m", f"benchmarks.{module()}", *sys.argv[1:]]),
+        "command": command(),
         "commit": commit(),
         "environment": environment.describe(),
         **data,
     }
-    return write(name, json.dumps(record, indent=1) + "\n")
+    lists = {k: v for k, v in record.items() if isinstance(v, list)}
+    head = json.dumps({k: v for k, v in record.items() if k not in lists}, indent=1)
+    tail = [
+        f" {json.dumps(key)}: [\n  {SEPARATOR.join(map(json.dumps, entries))}\n ]"
+        for key, entries in lists.items()
+    ]
+    return write(name, ",\n".join([head.removesuffix("\n}"), *tail]) + "\n}\n")
 
 
 def keep(run: Path, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -43,8 +53,15 @@ def write(name: str, text: str) -> Path:
     return beside.replace(file)
 
 
-def module() -> str:
-    return Path(sys.argv[0]).stem
+def command() -> str:
+    """What was typed; the folder of another environment's Python is left out."""
+    name = Path(sys.argv[0]).stem
+    module = "benchmarks" if name == "__main__" else f"benchmarks.{name}"
+    options = [
+        "PYTHON" if before == "--deepsparse" else text
+        for before, text in zip(sys.argv, sys.argv[1:], strict=False)
+    ]
+    return " ".join(["python", "-m", module, *options])
 
 
 def commit() -> str:

@@ -1,10 +1,11 @@
-"""A section of the benchmarks: what it measures, how it is shown, what it must reach."""
+"""A section of the benchmarks: what it measures, shows and must reach."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,14 +74,14 @@ class Section:
                 result.save(self.name, data)
             return data
 
-    def show(self, console: Console, data: dict[str, Any]) -> None:
+    def show(self, screen: Console, data: dict[str, Any], targets: bool = True) -> None:
         if "missing" in data:
-            console.print(f"{self.name}: not in this build: {data['missing']}")
+            screen.print(f"{self.name}: not measured, missing: {data['missing']}")
             return
         head, rows = self.summary(data)
-        console.print(text_table(self.name, head, rows))
-        if data.get("targets"):
-            console.print(text_table("", *numbers(data["targets"])))
+        screen.print(text_table(self.name, head, rows))
+        if targets and data.get("targets"):
+            screen.print(text_table("", *numbers(data["targets"])))
 
 
 def every_column(data: dict[str, Any]) -> Summary:
@@ -132,9 +133,12 @@ def reach(
     ]
 
 
-def text_table(
-    title: str, head: Sequence[str], rows: Sequence[Sequence[str]]
-) -> Table:
+def console() -> Console:
+    """As wide as the terminal; wide enough for every table where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 180)
+
+
+def text_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title or None, title_justify="left")
     for index, heading in enumerate(head):
         table.add_column(heading, justify="right" if index else "left")
@@ -188,4 +192,4 @@ def main(section: Section, description: str | None) -> None:
     if arguments.json:
         print(json.dumps(data))
     else:
-        section.show(Console(), data)
+        section.show(console(), data)

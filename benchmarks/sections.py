@@ -1,0 +1,30 @@
+"""The sections of ``python -m benchmarks``, in their order."""
+
+from __future__ import annotations
+
+from benchmarks import (
+    block_sparse_linear,
+    break_even,
+    every_peer,
+    few_tokens,
+    isa,
+    kernel,
+    threads,
+    tokens,
+    work,
+)
+from benchmarks.section import Section
+
+#: One line each. A module without a summary of its own takes ``every_column``, as in
+#: ``Section("name", lambda options: {"rows": module.measure_all()}, every_column)``.
+SECTIONS: tuple[Section, ...] = (
+    kernel.SECTION,
+    block_sparse_linear.SECTION,
+    every_peer.SECTION,
+    few_tokens.SECTION,
+    break_even.SECTION,
+    work.SECTION,
+    tokens.SECTION,
+    threads.SECTION,
+    isa.SECTION,
+)
