@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pybsp.cli import environment
 
 RESULTS = Path(__file__).parent / "results"
+PEERS = ("torch", "onnxruntime", "openvino", "scipy")
 SEPARATOR = ",\n  "
 
 
@@ -23,7 +26,7 @@ def save(name: str, data: dict[str, Any]) -> Path:
     record = {
         "command": command(),
         "commit": commit(),
-        "environment": environment.describe(),
+        "environment": {**environment.describe(), "peers": peers()},
         **data,
     }
     lists = {k: v for k, v in record.items() if isinstance(v, list)}
@@ -62,6 +65,15 @@ def command() -> str:
         for before, text in zip(sys.argv, sys.argv[1:], strict=False)
     ]
     return " ".join(["python", "-m", module, *options])
+
+
+def peers() -> dict[str, str]:
+    """The versions of what is compared with, as far as it is installed."""
+    found = {}
+    for name in PEERS:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def commit() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from benchmarks import (
     block_sparse_linear,
+    block_sparse_linears,
     break_even,
     every_peer,
     few_tokens,
@@ -20,6 +21,7 @@ from benchmarks.section import Section
 SECTIONS: tuple[Section, ...] = (
     kernel.SECTION,
     block_sparse_linear.SECTION,
+    block_sparse_linears.SECTION,
     every_peer.SECTION,
     few_tokens.SECTION,
     break_even.SECTION,

@@ -1,0 +1,229 @@
+"""Pictures of the results: time against sparsity and tokens, and the roofline.
+
+python -m benchmarks.figures
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from benchmarks.layers import family
+from benchmarks.section import block_text
+from benchmarks.tables import ROOT, load
+
+#: Okabe and Ito's colours, which the colour-blind tell apart, each with a marker.
+STYLES = {
+    "(8, 1)": ("#0072B2", "o"),
+    "(16, 1)": ("#56B4E9", "v"),
+    "(16, 4)": ("#D55E00", "s"),
+    "(32, 32)": ("#009E73", "^"),
+    "(1, 96)": ("#CC79A7", "D"),
+    "(1, 64)": ("#E69F00", "P"),
+}
+LAYER = "bert_base_ffn_up"
+PERCENT = FuncFormatter(lambda value, _: f"{value:.0%}")
+NUMBER = FuncFormatter(lambda value, _: f"{value:g}")
+
+
+def rows(name: str, **wanted: Any) -> list[dict[str, Any]]:
+    """The rows of ``results/<name>.json`` with these values; none without the file."""
+    return [
+        row
+        for data in load(f"{name}.json")
+        for row in data["rows"]
+        if all(row[key] == value for key, value in wanted.items())
+    ]
+
+
+def dense(times: dict[str, dict[str, float]]) -> float:
+    """Milliseconds of the best dense float32 peer."""
+    names = [n for n in ("torch", "onnxruntime", "openvino") if n in times]
+    return min(times[name]["median_ms"] for name in names)
+
+
+def time_against_sparsity() -> Figure | None:
+    found = rows("work", layer=LAYER)
+    if not found:
+        return None
+    figure, axis = _axes(
+        f"{_layer(found[0])}, {found[0]['M']} tokens, one thread, row-major"
+    )
+    for row in found:
+        curve = {float(s): time for s, time in row["milliseconds"].items()}
+        _line(axis, row, list(curve), list(curve.values()), "block ")
+    reference = rows("block_sparse_linear", layer=LAYER, M=found[0]["M"])
+    if reference:
+        best = statistics.median(dense(row["times"]) for row in reference)
+        axis.axhline(best, color="black", linestyle="--", linewidth=1.2)
+        axis.annotate("best dense float32 peer", (0.98, best), xytext=(0, 4),
+                      textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
+    for name, colour in (("DeepSparse", "#7F7F7F"), ("onnxruntime int8 dynamic", "k")):
+        _peer(axis, name, found[0]["M"], colour)
+    full = 2e-6 * found[0]["M"] * found[0]["K"] * found[0]["N"]
+    axis.plot([0, 1], [full / found[0]["peak_gflops"], 0], color="black", linewidth=1.2,
+              linestyle=":", label="multiply-adds at peak")  # fmt: skip
+    axis.set(xlabel="sparsity (removed weights)", ylabel="time (ms)", xlim=(0, 1))
+    axis.set_ylim(bottom=0)
+    axis.xaxis.set_major_formatter(PERCENT)
+    axis.legend(fontsize=8, frameon=False, loc="lower left")
+    return figure
+
+
+def _peer(axis: Axes, name: str, tokens: int, colour: str) -> None:
+    """A cross at each sparsity at which the peer was measured, over all blocks."""
+    times: dict[float, list[float]] = {}
+    for row in rows("every_peer", layer=LAYER, M=tokens):
+        if name in row["times"] and row["block_shape"] != [1, 4]:
+            times.setdefault(row["sparsity"], []).append(
+                row["times"][name]["median_ms"]
+            )
+    if times:
+        middles = [statistics.median(found) for found in times.values()]
+        axis.plot(list(times), middles, linestyle="", color=colour, zorder=3,
+                  marker="x" if name == "DeepSparse" else "+", markersize=9,
+                  label=name)  # fmt: skip
+
+
+def time_against_tokens() -> Figure | None:
+    found = rows("tokens", layer=LAYER)
+    if not found:
+        return None
+    figure, axis = _axes(f"{_layer(found[0])}, 80 % sparsity, one thread, row-major")
+    for row in found:
+        curve = {int(m): t for m, t in row["milliseconds"].items() if int(m) <= 160}
+        colour, _ = STYLES[block_text(row["block_shape"])]
+        axis.plot(list(curve), list(curve.values()), color=colour, linewidth=1.4,
+                  label=f"block {block_text(row['block_shape'])}")  # fmt: skip
+    reference: dict[int, float] = {}
+    for row in rows("block_sparse_linear", layer=LAYER, sparsity=0.8):
+        if row["M"] <= 160:
+            reference[row["M"]] = dense(row["times"])
+    axis.plot(list(reference), list(reference.values()), color="black", linewidth=1,
+              linestyle="--", marker=".", label="best dense float32 peer")  # fmt: skip
+    axis.set(xlabel="tokens M (grey: multiples of 48, full tiles with AVX-512)",
+             ylabel="time (ms)", xlim=(0, 162))  # fmt: skip
+    axis.set_ylim(bottom=0)
+    axis.set_xticks(range(0, 161, 16))
+    for tile in range(48, 161, 48):
+        axis.axvline(tile, color="0.8", linewidth=1, zorder=0)
+    axis.legend(fontsize=8, frameon=False, loc="upper left")
+    return figure
+
+
+def roofline() -> Figure | None:
+    """Speed over arithmetic intensity, and the share of the peak over tokens."""
+    found = rows("block_sparse_linear", sparsity=0.8)
+    if not found:
+        return None
+    figure = Figure(figsize=(9.5, 3.9), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    peak = statistics.median(row["peak_gflops"] for row in found)
+    for block, (colour, marker) in STYLES.items():
+        of_block = [row for row in found if block_text(row["block_shape"]) == block]
+        left.plot([_intensity(row) for row in of_block],
+                  [row["of_peak"] * row["peak_gflops"] for row in of_block],
+                  marker=marker, color=colour, linestyle="", markersize=4,
+                  label=block)  # fmt: skip
+        tokens = sorted({row["M"] for row in of_block})
+        middles = [
+            statistics.median(row["of_peak"] for row in of_block if row["M"] == count)
+            for count in tokens
+        ]
+        right.plot(tokens, middles, marker=marker, color=colour, markersize=5,
+                   label=block)  # fmt: skip
+    intensities = [_intensity(row) for row in found]
+    reach = (min(intensities) / 1.5, max(intensities) * 1.5)
+    left.axhline(peak, color="black", linewidth=1.2)
+    left.annotate(f"multiply-add peak {peak:.0f} GFLOP/s", (reach[0], peak), fontsize=8,
+                  xytext=(4, 4), textcoords="offset points")  # fmt: skip
+    memory = [row["bandwidth_gb_s"] for row in rows("few_tokens", M=1)]
+    if memory:
+        speed = min(memory)
+        left.plot([reach[0], peak / speed], [reach[0] * speed, peak], color="black",
+                  linewidth=1.2, linestyle="--")  # fmt: skip
+        left.annotate(f"largest weights read at {speed:.0f} GB/s",
+                      (reach[0], reach[0] * speed), xytext=(20, 2), fontsize=8,
+                      textcoords="offset points")  # fmt: skip
+    left.set(
+        xscale="log",
+        yscale="log",
+        xlim=reach,
+        ylabel="GFLOP/s on kept weights",
+        xlabel="operations per byte of packed weights, input and output",
+    )
+    left.set_ylim(top=peak * 2)
+    right.set(
+        xscale="log", xlabel="tokens M", ylabel="of the multiply-add peak, median"
+    )
+    right.set_ylim(0, 1)
+    ticks = sorted({row["M"] for row in found})
+    right.set_xticks(ticks, [str(tick) for tick in ticks])
+    right.minorticks_off()
+    right.yaxis.set_major_formatter(PERCENT)
+    right.axhline(0.75, color="0.5", linewidth=1, linestyle=":")
+    right.annotate("to reach at M >= 96", (ticks[0], 0.75), xytext=(0, 3), fontsize=8,
+                   color="0.35", textcoords="offset points")  # fmt: skip
+    for axis in (left, right):
+        axis.grid(color="0.92")
+        axis.legend(fontsize=8, frameon=False, loc="lower right", title="block",
+                    title_fontsize=8, ncols=2)  # fmt: skip
+    figure.suptitle("block_sparse_linear at 80 % sparsity, all layers, one thread",
+                    fontsize=10)  # fmt: skip
+    return figure
+
+
+def _intensity(row: dict[str, Any]) -> float:
+    kept = (1 - row["sparsity"]) * row["K"] * row["N"]
+    blocks = kept / (row["block_shape"][0] * row["block_shape"][1])
+    moved = kept + blocks + row["M"] * (row["K"] + row["N"])
+    return 2 * row["M"] * kept / (4 * moved)
+
+
+def _axes(title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axis = figure.subplots()
+    axis.set_title(title, fontsize=10)
+    axis.grid(color="0.92")
+    return figure, axis
+
+
+def _layer(row: dict[str, Any]) -> str:
+    return f"{row['N']} x {row['K']} layer"
+
+
+def _line(
+    axis: Axes, row: dict[str, Any], x: Sequence[float], y: Sequence[float], label: str
+) -> None:
+    block = block_text(row["block_shape"])
+    colour, marker = STYLES[block]
+    line = "-" if family(row["block_shape"]) == "(r, c)" else "-."
+    axis.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.4,
+              linestyle=line, label=label + block)  # fmt: skip
+
+
+FIGURES: dict[str, Callable[[], Figure | None]] = {
+    "time_against_sparsity": time_against_sparsity,
+    "time_against_tokens": time_against_tokens,
+    "roofline": roofline,
+}
+
+
+def main() -> None:
+    for name, draw in FIGURES.items():
+        figure = draw()
+        if figure is None:
+            print(f"{name}: its results are missing")
+            continue
+        path = ROOT / "docs" / f"{name}.png"
+        figure.savefig(path, dpi=150)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
