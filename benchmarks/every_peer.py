@@ -82,7 +82,7 @@ def summary(data: dict[str, Any]) -> Summary:
     head = ["layer", "block", "sparsity", "M", "pybsp ms", *names]
     return head, [
         [
-            row["layer"],
+            f"{row['N']}x{row['K']}",
             block_text(row["block_shape"]),
             f"{row['sparsity']:.0%}",
             str(row["M"]),

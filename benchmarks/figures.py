@@ -94,25 +94,35 @@ def time_against_tokens() -> Figure | None:
     found = rows("tokens", layer=LAYER)
     if not found:
         return None
-    figure, axis = _axes(f"{_layer(found[0])}, 80 % sparsity, one thread, row-major")
+    figure = Figure(figsize=(9.5, 3.9), layout="constrained")
+    figure.suptitle(
+        f"{_layer(found[0])}, 80 % sparsity, one thread, row-major", fontsize=10
+    )
+    left, right = figure.subplots(1, 2)
+    most = 0.0
     for row in found:
         curve = {int(m): t for m, t in row["milliseconds"].items() if int(m) <= 160}
-        colour, _ = STYLES[block_text(row["block_shape"])]
-        axis.plot(list(curve), list(curve.values()), color=colour, linewidth=1.4,
-                  label=f"block {block_text(row['block_shape'])}")  # fmt: skip
-    reference: dict[int, float] = {}
-    for row in rows("block_sparse_linear", layer=LAYER, sparsity=0.8):
-        if row["M"] <= 160:
-            reference[row["M"]] = dense(row["times"])
-    axis.plot(list(reference), list(reference.values()), color="black", linewidth=1,
+        block, most = block_text(row["block_shape"]), max(most, *curve.values())
+        colour, marker = STYLES[block]
+        for axis in (left, right):
+            axis.plot(list(curve), list(curve.values()), color=colour, linewidth=1.4,
+                      marker=marker, markevery=(8, 16), markersize=4,
+                      label=f"block {block}")  # fmt: skip
+    reference = {
+        row["M"]: dense(row["times"])
+        for row in rows("block_sparse_linear", layer=LAYER, sparsity=0.8)
+        if row["M"] <= 160
+    }
+    left.plot(list(reference), list(reference.values()), color="black", linewidth=1,
               linestyle="--", marker=".", label="best dense float32 peer")  # fmt: skip
-    axis.set(xlabel="tokens M (grey: multiples of 48, full tiles with AVX-512)",
-             ylabel="time (ms)", xlim=(0, 162))  # fmt: skip
-    axis.set_ylim(bottom=0)
-    axis.set_xticks(range(0, 161, 16))
+    left.set(xlabel="tokens M", ylim=(0, None))
+    right.set(xlabel="tokens M (grey: full tiles with AVX-512)", ylim=(0, 1.1 * most))
+    for axis in (left, right):
+        axis.set(ylabel="time (ms)", xlim=(0, 162), xticks=range(0, 161, 16))
+        axis.grid(color="0.92")
+        axis.legend(fontsize=8, frameon=False, loc="upper left")
     for tile in range(48, 161, 48):
-        axis.axvline(tile, color="0.8", linewidth=1, zorder=0)
-    axis.legend(fontsize=8, frameon=False, loc="upper left")
+        right.axvline(tile, color="0.7", linewidth=1, zorder=0)
     return figure
 
 
@@ -130,13 +140,15 @@ def roofline() -> Figure | None:
                   [row["of_peak"] * row["peak_gflops"] for row in of_block],
                   marker=marker, color=colour, linestyle="", markersize=4,
                   label=block)  # fmt: skip
-        tokens = sorted({row["M"] for row in of_block})
-        middles = [
-            statistics.median(row["of_peak"] for row in of_block if row["M"] == count)
-            for count in tokens
-        ]
-        right.plot(tokens, middles, marker=marker, color=colour, markersize=5,
+        right.plot(*_of_peak(of_block), marker=marker, color=colour, markersize=5,
                    label=block)  # fmt: skip
+        tiles = [
+            row
+            for row in rows("kernel", sparsity=0.8)
+            if block_text(row["block_shape"]) == block
+        ]
+        right.plot(*_of_peak(tiles), marker=marker, color=colour, markersize=5,
+                   markerfacecolor="white", linestyle=":")  # fmt: skip
     intensities = [_intensity(row) for row in found]
     reach = (min(intensities) / 1.5, max(intensities) * 1.5)
     left.axhline(peak, color="black", linewidth=1.2)
@@ -169,20 +181,31 @@ def roofline() -> Figure | None:
     right.axhline(0.75, color="0.5", linewidth=1, linestyle=":")
     right.annotate("to reach at M >= 96", (ticks[0], 0.75), xytext=(0, 3), fontsize=8,
                    color="0.35", textcoords="offset points")  # fmt: skip
-    for axis in (left, right):
+    left.xaxis.set_major_formatter(NUMBER)
+    left.yaxis.set_major_formatter(NUMBER)
+    for axis, title in ((left, "block"), (right, "block (hollow: kernel on tiles)")):
         axis.grid(color="0.92")
-        axis.legend(fontsize=8, frameon=False, loc="lower right", title="block",
+        axis.legend(fontsize=8, frameon=False, loc="lower right", title=title,
                     title_fontsize=8, ncols=2)  # fmt: skip
     figure.suptitle("block_sparse_linear at 80 % sparsity, all layers, one thread",
                     fontsize=10)  # fmt: skip
     return figure
 
 
+def _of_peak(found: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    """Numbers of tokens, and the median over the layers at each."""
+    tokens = sorted({row["M"] for row in found})
+    return tokens, [
+        statistics.median(row["of_peak"] for row in found if row["M"] == count)
+        for count in tokens
+    ]
+
+
 def _intensity(row: dict[str, Any]) -> float:
     kept = (1 - row["sparsity"]) * row["K"] * row["N"]
     blocks = kept / (row["block_shape"][0] * row["block_shape"][1])
     moved = kept + blocks + row["M"] * (row["K"] + row["N"])
-    return 2 * row["M"] * kept / (4 * moved)
+    return float(2 * row["M"] * kept / (4 * moved))
 
 
 def _axes(title: str) -> tuple[Figure, Axes]:

@@ -14,6 +14,8 @@ import pybsp
 from benchmarks import kernel
 from benchmarks.section import Options, Section, Summary, block_text, main, reach
 
+LAYERS = ("minilm_ffn_down", "bert_base_attention", "bert_base_ffn_up",
+          "bert_base_ffn_down", "odd_312_up", "odd_1152_down")  # fmt: skip
 TARGETS = {"avx2": 0.8, "neon": 0.8}
 
 
@@ -26,7 +28,7 @@ def measure(options: Options) -> dict[str, Any]:
     try:
         for isa in pybsp.ops.available_isas():
             pybsp.ops.set_active_isa(isa)
-            rows += kernel.tile_rows(options, options.sparsities or (0.8,))
+            rows += kernel.tile_rows(options, options.sparsities or (0.8,), LAYERS)
     finally:
         pybsp.ops.set_active_isa(active)
     targets = []

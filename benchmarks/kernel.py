@@ -14,7 +14,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pybsp
-from benchmarks.layers import Layer, check, family, random_layer, random_tokens
+from benchmarks.layers import (
+    SHAPES,
+    Layer,
+    check,
+    family,
+    random_layer,
+    random_tokens,
+)
 from benchmarks.section import Options, Section, Summary, block_text, main, reach
 from benchmarks.turns import take_turns
 
@@ -39,9 +46,9 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def tile_rows(
-    options: Options, sparsities: Sequence[float]
+    options: Options, sparsities: Sequence[float], names: Sequence[str] = tuple(SHAPES)
 ) -> Iterator[dict[str, Any]]:
-    for name, shape in options.shapes().items():
+    for name, shape in options.shapes(names).items():
         for block, sparsity in itertools.product(options.divisors(shape), sparsities):
             layer = random_layer(name, shape, block, sparsity)
             for tokens in options.tokens or TOKENS:

@@ -142,7 +142,7 @@ def numbers() -> str:
 
 def machine() -> str:
     """On what, and from which sources, the sections were measured."""
-    found = {}
+    found: dict[str, list[str]] = {}
     for part in SECTIONS:
         for run in load(f"{part.name}.json"):
             where = run["environment"]
