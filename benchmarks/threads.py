@@ -1,8 +1,9 @@
 """Two threads against one, beside what two threads of pure multiply-adds gain.
 
-The second core may be busy with something else. In the same rounds, the multiply-add
-peak runs alone and then on two threads at once; ``free`` is twice the slower of these
-over the one alone, which is what a loop split in halves could gain. 80 %, row-major.
+The second core may be busy with something else. In the same rounds, multiply-adds on
+registers run alone and then on two threads at once; ``free`` is twice the time alone
+over the time until both have ended: what a loop split in halves could have gained.
+``torch`` is what the dense layer gains in torch. 80 %, row-major.
 
     python -m benchmarks.threads [--quick]
 """
@@ -15,6 +16,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import torch.nn.functional as F
 
 import pybsp
 from benchmarks.layers import Layer, check, random_layer, random_tokens
@@ -54,34 +57,41 @@ def measure(options: Options) -> dict[str, Any]:
 
 def _scaling(layer: Layer, tokens: int) -> dict[str, Any]:
     x = random_tokens(tokens, layer.weight.shape[1])
-
-    def call() -> Any:
-        return pybsp.block_sparse_linear(x, layer.matrix, layer.bias)
-
+    calls: dict[str, Callable[[], Any]] = {
+        "pybsp": lambda: pybsp.block_sparse_linear(x, layer.matrix, layer.bias),
+        "torch": lambda: F.linear(x, layer.weight, layer.bias),
+    }
+    for count in (1, 2):
+        with torch_threads(count):
+            for name, call in calls.items():
+                check(name, call(), x, layer)
     alone: list[float] = []
-    gains: list[float] = []
+    gains: dict[str, list[float]] = {name: [] for name in calls}
     free: list[float] = []
     peaks: list[float] = []
     with ThreadPoolExecutor(2) as pool:
         for _ in range(ROUNDS):
-            with torch_threads(1):
-                check("block_sparse_linear", call(), x, layer)
-                one = _seconds(call)
-            with torch_threads(2):
-                two = _seconds(call)
+            for name, call in calls.items():
+                with torch_threads(1):
+                    one = _seconds(call)
+                with torch_threads(2):
+                    gains[name].append(one / _seconds(call))
+                if name == "pybsp":
+                    alone.append(one)
+            started = time.perf_counter()
             peaks.append(pybsp.ops.fma_peak())
-            together = list(pool.map(lambda _: pybsp.ops.fma_peak(), range(2)))
-            alone.append(one)
-            gains.append(one / two)
-            free.append(2 * min(together) / peaks[-1])
+            middle = time.perf_counter()
+            list(pool.map(lambda _: pybsp.ops.fma_peak(), range(2)))
+            free.append(2 * (middle - started) / (time.perf_counter() - middle))
     return {
         **layer.describe(tokens, statistics.median(peaks)),
         "threads": 2,
         "times": {"one_thread": {"median_ms": round(statistics.median(alone) * 1e3, 4),
                                  "best_ms": round(min(alone) * 1e3, 4),
                                  "rounds": ROUNDS}},
-        "speedup": round(statistics.median(gains), 3),
-        "best_speedup": round(max(gains), 3),
+        "speedup": round(statistics.median(gains["pybsp"]), 3),
+        "best_speedup": round(max(gains["pybsp"]), 3),
+        "torch": round(statistics.median(gains["torch"]), 3),
         "free": round(statistics.median(free), 3),
     }  # fmt: skip
 
@@ -98,7 +108,8 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def summary(data: dict[str, Any]) -> Summary:
-    head = ("layer", "block", "M", "one thread ms", "two threads", "pure multiply-adds")
+    head = ("layer", "block", "M", "one thread ms", "two threads", "torch",
+            "pure multiply-adds")  # fmt: skip
     return head, [
         [
             f"{row['layer']} {row['N']}x{row['K']}",
@@ -106,6 +117,7 @@ def summary(data: dict[str, Any]) -> Summary:
             str(row["M"]),
             f"{row['times']['one_thread']['median_ms']:.3f}",
             f"{row['speedup']:.2f}x",
+            f"{row['torch']:.2f}x",
             f"{row['free']:.2f}x",
         ]
         for row in data["rows"]
