@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterator
 from typing import Any
 
 import pybsp
@@ -26,6 +25,7 @@ SPARSITIES = (0.5, 0.8, 0.9)
 
 def measure(options: Options) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
+    dense: list[dict[str, Any]] = []
     tokens = options.tokens or ((1, 16, 128) if options.quick else TOKENS)
     for name, shape in options.shapes().items():
         cases = itertools.product(
@@ -33,14 +33,19 @@ def measure(options: Options) -> dict[str, Any]:
         )
         layers = [random_layer(name, shape, *case) for case in cases]
         for count in tokens:
-            rows += compare(layers, count)
-    return {"rows": rows, "targets": targets(rows)}
+            found, peers_found = compare(layers, count)
+            rows += found
+            dense.append(peers_found)
+    return {"rows": rows, "dense": dense, "targets": targets(rows)}
 
 
 def compare(
     layers: list[Layer], tokens: int, seconds: float = 0.4
-) -> Iterator[dict[str, Any]]:
-    """Layers of one shape in turns with the dense peers on the last of them."""
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Layers of one shape in turns with the dense peers on the last of them.
+
+    A row for each layer, and one for the peers.
+    """
     x = random_tokens(tokens, layers[0].weight.shape[1])
     dense = peers.dense_float32(x, layers[-1])
     calls: dict[Any, Any] = dict(dense)
@@ -51,19 +56,23 @@ def compare(
     peak = pybsp.ops.fma_peak()
     rounds = take_turns(calls, seconds=seconds)
     best = min(dense, key=rounds.median)
+    rows = []
     for index, layer in enumerate(layers):
         rate = layer.operations(tokens) / rounds.median(index)
         row = layer.describe(tokens, peak)
-        yield {
-            **row,
-            "times": {
-                "pybsp": rounds.to_dict(index),
-                **{name: rounds.to_dict(name) for name in dense},
-            },
-            "best_dense": best,
-            "speedup": round(rounds.ratio(best, index), 2),
-            "of_peak": round(rate / peak / row["threads"], 3),
-        }
+        rows.append(
+            {
+                **row,
+                "times": {"pybsp": rounds.to_dict(index)},
+                "best_dense": best,
+                "best_dense_ms": round(rounds.median(best) * 1e3, 4),
+                "speedup": round(rounds.ratio(best, index), 2),
+                "of_peak": round(rate / peak / row["threads"], 3),
+            }
+        )
+    described = {**layers[-1].describe(tokens, peak), "block_shape": None}
+    times = {name: rounds.to_dict(name) for name in dense}
+    return rows, {**described, "sparsity": None, "times": times}
 
 
 def _pybsp(x: Any, layer: Layer) -> peers.Call:

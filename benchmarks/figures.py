@@ -41,12 +41,6 @@ def rows(name: str, **wanted: Any) -> list[dict[str, Any]]:
     ]
 
 
-def dense(times: dict[str, dict[str, float]]) -> float:
-    """Milliseconds of the best dense float32 peer."""
-    names = [n for n in ("torch", "onnxruntime", "openvino") if n in times]
-    return min(times[name]["median_ms"] for name in names)
-
-
 def time_against_sparsity() -> Figure | None:
     found = rows("work", layer=LAYER)
     if not found:
@@ -59,7 +53,7 @@ def time_against_sparsity() -> Figure | None:
         _line(axis, row, list(curve), list(curve.values()), "block ")
     reference = rows("block_sparse_linear", layer=LAYER, M=found[0]["M"])
     if reference:
-        best = statistics.median(dense(row["times"]) for row in reference)
+        best = statistics.median(row["best_dense_ms"] for row in reference)
         axis.axhline(best, color="black", linestyle="--", linewidth=1.2)
         axis.annotate("best dense float32 peer", (0.98, best), xytext=(0, 4),
                       textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
@@ -109,7 +103,7 @@ def time_against_tokens() -> Figure | None:
                       marker=marker, markevery=(8, 16), markersize=4,
                       label=f"block {block}")  # fmt: skip
     reference = {
-        row["M"]: dense(row["times"])
+        row["M"]: row["best_dense_ms"]
         for row in rows("block_sparse_linear", layer=LAYER, sparsity=0.8)
         if row["M"] <= 160
     }

@@ -40,7 +40,7 @@ class Options:
     def complete(self) -> bool:
         """Whether the result may replace the published one."""
         narrowed = (self.layers, self.blocks, self.tokens, self.sparsities)
-        return not self.quick and not any(narrowed)
+        return not self.quick and self.threads == 1 and not any(narrowed)
 
     def shapes(self, names: Sequence[str] = tuple(SHAPES)) -> dict[str, Any]:
         """The layers ``(out, in)`` of a section that has these by itself."""
@@ -157,7 +157,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     made.add_argument("--quick", action="store_true", help="few cases, nothing saved")
     made.add_argument("--json", action="store_true", help="print JSON, no tables")
-    made.add_argument("--threads", type=int, default=1)
+    made.add_argument(
+        "--threads", type=int, default=1, help="with more than 1 nothing is saved"
+    )
     made.add_argument(
         "--deepsparse", metavar="PYTHON", help="of an environment that has DeepSparse"
     )

@@ -135,7 +135,7 @@ def numbers() -> str:
     head, rows = ("what", "target", "measured", "reached", "command"), []
     for part in SECTIONS:
         for run in load(f"{part.name}.json"):
-            _, found = section.numbers(run["targets"])
+            _, found = section.numbers(run.get("targets", []))
             rows += [[*row, f"`python -m benchmarks.{part.name}`"] for row in found]
     return markdown(head, rows)
 
