@@ -1,6 +1,8 @@
 """Pictures of the results: time against sparsity and tokens, and the roofline.
 
-python -m benchmarks.figures
+Written to ``docs/``; one whose results are missing is left out.
+
+    python -m benchmarks.figures
 """
 
 from __future__ import annotations
