@@ -30,7 +30,8 @@ SIZES = {
 
 
 def measure(options: Options) -> dict[str, Any]:
-    if not hasattr(pybsp.ops, "read_bandwidth"):
+    ops: Any = pybsp.ops
+    if not hasattr(ops, "read_bandwidth"):
         return {"missing": "pybsp.ops.read_bandwidth", "rows": [], "targets": []}
     rows = []
     for name, shape in options.shapes().items():
@@ -38,8 +39,12 @@ def measure(options: Options) -> dict[str, Any]:
             options.divisors(shape), options.sparsities or SPARSITIES
         ):
             layer = random_layer(name, shape, block, sparsity)
-            peak = pybsp.ops.fma_peak()
-            rows += [_one(layer, tokens, peak) for tokens in options.tokens or TOKENS]
+            peak = ops.fma_peak()
+            bandwidth = ops.read_bandwidth(layer.matrix.nbytes)
+            rows += [
+                _one(layer, tokens, peak, bandwidth)
+                for tokens in options.tokens or TOKENS
+            ]
     return {"rows": rows, "targets": targets(rows)}
 
 
@@ -61,7 +66,7 @@ def size_name(size: int) -> str:
     return next(name for name, limit in SIZES.items() if size < limit)
 
 
-def _one(layer: Layer, tokens: int, peak: float) -> dict[str, Any]:
+def _one(layer: Layer, tokens: int, peak: float, bandwidth: float) -> dict[str, Any]:
     x = random_tokens(tokens, layer.weight.shape[1])
 
     def call() -> Any:
@@ -69,7 +74,6 @@ def _one(layer: Layer, tokens: int, peak: float) -> dict[str, Any]:
 
     check("block_sparse_linear", call(), x, layer)
     size = layer.matrix.nbytes
-    bandwidth = pybsp.ops.read_bandwidth(size)  # type: ignore[attr-defined]
     rounds = take_turns({"pybsp": call}, seconds=0.03)
     return {
         **layer.describe(tokens, peak),
