@@ -95,7 +95,8 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         found += reach(what + "M >= 96, 80 %, of FMA peak",
                        of("of_peak", kind, 0.8, *large), median=0.75)  # fmt: skip
         for sparsity, bound in ((0.8, 4.5), (0.9, 8.0)):
-            found += reach(what + f"M >= 96, {sparsity:.0%}, over the best dense peer",
+            case = f"M >= 96, {100 * sparsity:.0f} %, over the best dense peer"
+            found += reach(what + case,
                            of("speedup", kind, sparsity, *large), median=bound,
                            form="{:.1f}x")  # fmt: skip
         for tokens in (16, 32):

@@ -53,37 +53,46 @@ def time_against_sparsity() -> Figure | None:
     for row in found:
         curve = {float(s): time for s, time in row["milliseconds"].items()}
         _line(axis, row, list(curve), list(curve.values()), "block ")
-    reference = rows("block_sparse_linear", layer=LAYER, M=found[0]["M"])
-    if reference:
-        best = statistics.median(row["best_dense_ms"] for row in reference)
-        axis.axhline(best, color="black", linestyle="--", linewidth=1.2)
-        axis.annotate("best dense float32 peer", (0.98, best), xytext=(0, 4),
-                      textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
-    for name, colour in (("DeepSparse", "#7F7F7F"), ("onnxruntime int8 dynamic", "k")):
-        _peer(axis, name, found[0]["M"], colour)
-    full = 2e-6 * found[0]["M"] * found[0]["K"] * found[0]["N"]
+    tokens = found[0]["M"]
+    reference = rows("block_sparse_linear", layer=LAYER, M=tokens)
+    dense = [row["best_dense_ms"] for row in reference]
+    _dense_peer(axis, "best dense float32 peer", dense)
+    peers = rows("every_peer", layer=LAYER, M=tokens)
+    _dense_peer(axis, "best dense 8-bit peer", [_best_int8(row) for row in peers])
+    skipping = [
+        row
+        for row in peers
+        if "DeepSparse" in row["times"] and block_text(row["block_shape"]) in STYLES
+    ]
+    axis.plot([row["sparsity"] for row in skipping],
+              [row["times"]["DeepSparse"]["median_ms"] for row in skipping],
+              linestyle="", color="black", marker="x", markersize=7, zorder=3,
+              label="DeepSparse, same\nblocks")  # fmt: skip
+    full = 2e-6 * tokens * found[0]["K"] * found[0]["N"]
     axis.plot([0, 1], [full / found[0]["peak_gflops"], 0], color="black", linewidth=1.2,
               linestyle=":", label="multiply-adds at peak")  # fmt: skip
     axis.set(xlabel="sparsity (removed weights)", ylabel="time (ms)", xlim=(0, 1))
     axis.set_ylim(bottom=0)
     axis.xaxis.set_major_formatter(PERCENT)
-    axis.legend(fontsize=8, frameon=False, loc="lower left")
+    axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
-def _peer(axis: Axes, name: str, tokens: int, colour: str) -> None:
-    """A cross at each sparsity at which the peer was measured, over all blocks."""
-    times: dict[float, list[float]] = {}
-    for row in rows("every_peer", layer=LAYER, M=tokens):
-        if name in row["times"] and row["block_shape"] != [1, 4]:
-            times.setdefault(row["sparsity"], []).append(
-                row["times"][name]["median_ms"]
-            )
-    if times:
-        middles = [statistics.median(found) for found in times.values()]
-        axis.plot(list(times), middles, linestyle="", color=colour, zorder=3,
-                  marker="x" if name == "DeepSparse" else "+", markersize=9,
-                  label=name)  # fmt: skip
+def _dense_peer(axis: Axes, name: str, times: Sequence[float]) -> None:
+    """A line across: the time of a dense peer does not depend on the sparsity."""
+    if not times:
+        return
+    middle = statistics.median(times)
+    axis.axhline(middle, color="0.35", linestyle="--", linewidth=1.2)
+    # Where no curve is: those of large times start high on the left.
+    x, align = (0.99, "right") if middle > sum(axis.get_ylim()) / 2 else (0.01, "left")
+    axis.annotate(name, (x, middle), xytext=(0, 4), textcoords="offset points",
+                  fontsize=8, color="0.2", ha=align)  # fmt: skip
+
+
+def _best_int8(row: dict[str, Any]) -> float:
+    times = {n: t["median_ms"] for n, t in row["times"].items() if "int8" in n}
+    return min(time for name, time in times.items() if "sparse" not in name)
 
 
 def time_against_tokens() -> Figure | None:
@@ -205,7 +214,7 @@ def _intensity(row: dict[str, Any]) -> float:
 
 
 def _axes(title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    figure = Figure(figsize=(7.8, 4), layout="constrained")
     axis = figure.subplots()
     axis.set_title(title, fontsize=10)
     axis.grid(color="0.92")
