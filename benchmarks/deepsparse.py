@@ -56,14 +56,21 @@ class Server:
 @contextlib.contextmanager
 def serve(python: str, x: torch.Tensor, layer: Layer) -> Iterator[Server]:
     """Start DeepSparse under ``python`` for this layer and these tokens."""
+    model = onnx_linear(x, layer).SerializeToString()
+    with serve_model(python, x, model) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def serve_model(python: str, x: torch.Tensor, model: bytes) -> Iterator[Server]:
+    """Start DeepSparse under ``python`` for an ONNX model of one input."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         np.save(folder / "x.npy", x.numpy())
-        model = onnx_linear(x, layer).SerializeToString()
-        (folder / "linear.onnx").write_bytes(model)
+        (folder / "model.onnx").write_bytes(model)
         process = subprocess.Popen(
             # -I: this folder's deepsparse.py must not be what it imports.
-            [python, "-I", str(SERVER), "x.npy", "linear.onnx",
+            [python, "-I", str(SERVER), "x.npy", "model.onnx",
              str(torch.get_num_threads()), "y.npy"],
             cwd=folder, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

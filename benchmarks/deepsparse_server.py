@@ -1,6 +1,6 @@
 """Runs under the Python of DeepSparse's own environment; ``deepsparse.py`` starts it.
 
-``deepsparse_server.py X.npy LINEAR.onnx THREADS OUTPUT.npy``: compiles the model,
+``deepsparse_server.py X.npy MODEL.onnx THREADS OUTPUT.npy``: compiles the model,
 writes its output on X, prints ``ready``, then for every line of standard input, a
 number of calls, prints the seconds of each call on one line.
 """

@@ -28,10 +28,18 @@ Call = Callable[[], Any]
 def dense_float32(x: torch.Tensor, layer: Layer) -> dict[str, Call]:
     """The dense peers; "best dense" is the fastest of these."""
     calls: dict[str, Call] = {"torch": lambda: F.linear(x, layer.weight, layer.bias)}
-    if find_spec("onnx") and find_spec("onnxruntime"):
-        calls["onnxruntime"] = onnxruntime_call(onnx_linear(x, layer), x)
-    if find_spec("onnx") and find_spec("openvino"):
-        calls["openvino"] = openvino_call(onnx_linear(x, layer), x)
+    if find_spec("onnx"):
+        calls |= onnx_calls(onnx_linear(x, layer).SerializeToString(), x)
+    return calls
+
+
+def onnx_calls(model: bytes, x: torch.Tensor) -> dict[str, Call]:
+    """An ONNX model of the one input ``x`` in the engines that are installed."""
+    calls: dict[str, Call] = {}
+    if find_spec("onnxruntime"):
+        calls["onnxruntime"] = onnxruntime_call(model, x)
+    if find_spec("openvino"):
+        calls["openvino"] = openvino_call(model, x)
     return calls
 
 
@@ -149,7 +157,7 @@ def onnx_linear(x: torch.Tensor, layer: Layer) -> Any:
     return model
 
 
-def onnxruntime_call(model: Any, x: torch.Tensor) -> Call:
+def onnxruntime_call(model: bytes, x: torch.Tensor) -> Call:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -157,7 +165,7 @@ def onnxruntime_call(model: Any, x: torch.Tensor) -> Call:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(
-        model if isinstance(model, bytes) else model.SerializeToString(),
+        model,
         options,
         providers=["CPUExecutionProvider"],
     )
@@ -165,12 +173,12 @@ def onnxruntime_call(model: Any, x: torch.Tensor) -> Call:
     return lambda: session.run(None, feed)[0]
 
 
-def openvino_call(model: Any, x: torch.Tensor) -> Call:
+def openvino_call(model: bytes, x: torch.Tensor) -> Call:
     import openvino
 
     core = openvino.Core()
     compiled = core.compile_model(
-        core.read_model(io.BytesIO(model.SerializeToString())),
+        core.read_model(io.BytesIO(model)),
         "CPU",
         {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),

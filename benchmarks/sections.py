@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks import (
+    bert_base,
     block_sparse_linear,
     block_sparse_linears,
     break_even,
@@ -23,6 +24,7 @@ SECTIONS: tuple[Section, ...] = (
     block_sparse_linear.SECTION,
     block_sparse_linears.SECTION,
     every_peer.SECTION,
+    bert_base.SECTION,
     few_tokens.SECTION,
     break_even.SECTION,
     work.SECTION,
