@@ -23,7 +23,10 @@ from benchmarks.sections import SECTIONS
 def main() -> None:
     commands = parser(__doc__)
     names = [section.name for section in SECTIONS]
-    commands.add_argument("--only", nargs="+", choices=names, default=names)
+    commands.add_argument(
+        "--only", nargs="+", choices=names, default=names, metavar="NAME",
+        help=", ".join(names),
+    )  # fmt: skip
     arguments = commands.parse_args()
     progress = Console(stderr=True)
     screen = console()

@@ -26,7 +26,7 @@ from benchmarks.section import Options, Section, Summary, block_text, main, reac
 from benchmarks.turns import take_turns
 from pybsp.blocks import BlockShape, expand_blocks, grid_shape
 
-BLOCKS = ((8, 1), (32, 32), (1, 96))
+BLOCKS = ((8, 1), (1, 96))
 SPARSITY, TOKENS = 0.8, 128
 
 

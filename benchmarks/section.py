@@ -164,7 +164,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "--deepsparse", metavar="PYTHON", help="of an environment that has DeepSparse"
     )
     narrow = made.add_argument_group("only these cases; nothing is saved then")
-    narrow.add_argument("--layers", nargs="+", choices=SHAPES, default=[])
+    narrow.add_argument(
+        "--layers", nargs="+", choices=SHAPES, default=[], metavar="NAME"
+    )
     narrow.add_argument("--blocks", nargs="+", type=numeric_block_shape, default=[])
     narrow.add_argument("--tokens", nargs="+", type=int, default=[])
     narrow.add_argument("--sparsity", nargs="+", type=float, default=[])
