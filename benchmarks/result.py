@@ -57,12 +57,11 @@ def write(name: str, text: str) -> Path:
 
 
 def command() -> str:
-    """What was typed; the folder of another environment's Python is left out."""
+    """What was typed, but of absolute paths the last part: folders differ."""
     name = Path(sys.argv[0]).stem
     module = "benchmarks" if name == "__main__" else f"benchmarks.{name}"
     options = [
-        "PYTHON" if before == "--deepsparse" else text
-        for before, text in zip(sys.argv, sys.argv[1:], strict=False)
+        Path(text).name if Path(text).is_absolute() else text for text in sys.argv[1:]
     ]
     return " ".join(["python", "-m", module, *options])
 

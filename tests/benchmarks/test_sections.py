@@ -142,7 +142,7 @@ def test_results_are_json_with_a_row_a_line(
     found = json.loads(text)
     assert found["rows"] == rows
     assert found["targets"] == []
-    assert found["command"] == "python -m benchmarks --deepsparse PYTHON"
+    assert found["command"] == "python -m benchmarks --deepsparse python"
     assert {"commit", "environment"} <= set(found)
     assert '  {"M": 2, "times": {}}\n' in text
 
