@@ -14,10 +14,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import subprocess
-import sys
 from pathlib import Path
 
-from benchmarks import result
+from benchmarks import PYBSP, result
 
 #: Dense epochs and rows to train on.
 BUDGET = {"mrpc": (2, None), "sst2": (2, 8000)}
@@ -49,7 +48,7 @@ def command(
         options += ["--dense-checkpoint", str(dense)]
     else:
         options += ["--epochs-dense", str(epochs_dense), "--save-dense", str(dense)]
-    return [sys.executable, "-m", "pybsp.cli.main", *options]
+    return [PYBSP, *options]
 
 
 def main() -> None:

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import result
+from benchmarks import PYBSP, result
 
 ROOT = Path(__file__).parents[1]
 RUNS = {
@@ -29,9 +28,9 @@ TITLES = {"none": "no penalty", "reweighted": "reweighted group Lasso"}
 def prune(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     out = arguments.runs / f"penalty-{name}"
     subprocess.run(
-        [sys.executable, "-m", "pybsp.cli.main", "prune", "--model", "minilm",
-         "--task", "sst2", "--resume", "--json", "--data", str(arguments.data),
-         "--out", str(out), "--dense-checkpoint", str(arguments.runs / "sst2-dense"),
+        [PYBSP, "prune", "--model", "minilm", "--task", "sst2", "--resume", "--json",
+         "--data", str(arguments.data), "--out", str(out),
+         "--dense-checkpoint", str(arguments.runs / "sst2-dense"),
          "--max-train-samples", "8000", "--epochs", "1.5", "--ramp", "one_shot",
          "--phases", "0,0.75,0.25", "--threads", str(arguments.threads), *RUNS[name]],
         check=True, stdout=subprocess.DEVNULL,

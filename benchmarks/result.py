@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pybsp.cli import environment
 
 RESULTS = Path(__file__).parent / "results"
+PEERS = ("torch", "onnxruntime", "openvino", "scipy")
+SEPARATOR = ",\n  "
 
 
 def save(name: str, data: dict[str, Any]) -> Path:
-    """Write ``results/<name>.json``: the data beside machine, commit and command."""
+    """Write ``results/<name>.json``: the data beside machine, commit and command.
+
+    Long lists are written an entry a line.
+    """
     record = {
-        "command": " ".join(["python", "-m", f"benchmarks.{module()}", *sys.argv[1:]]),
+        "command": command(),
         "commit": commit(),
-        "environment": environment.describe(),
+        "environment": {**environment.describe(), "peers": peers()},
         **data,
     }
-    return write(name, json.dumps(record, indent=1) + "\n")
+    lists = {k: v for k, v in record.items() if isinstance(v, list)}
+    head = json.dumps({k: v for k, v in record.items() if k not in lists}, indent=1)
+    tail = [
+        f" {json.dumps(key)}: [\n  {SEPARATOR.join(map(json.dumps, entries))}\n ]"
+        for key, entries in lists.items()
+    ]
+    return write(name, ",\n".join([head.removesuffix("\n}"), *tail]) + "\n}\n")
 
 
 def keep(run: Path, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -43,8 +56,23 @@ def write(name: str, text: str) -> Path:
     return beside.replace(file)
 
 
-def module() -> str:
-    return Path(sys.argv[0]).stem
+def command() -> str:
+    """What was typed, but of absolute paths the last part: folders differ."""
+    name = Path(sys.argv[0]).stem
+    module = "benchmarks" if name == "__main__" else f"benchmarks.{name}"
+    options = [
+        Path(text).name if Path(text).is_absolute() else text for text in sys.argv[1:]
+    ]
+    return " ".join(["python", "-m", module, *options])
+
+
+def peers() -> dict[str, str]:
+    """The versions of what is compared with, as far as it is installed."""
+    found = {}
+    for name in PEERS:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def commit() -> str:

@@ -14,10 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import section
 from benchmarks.result import RESULTS
+from benchmarks.sections import SECTIONS
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md", "docs/pruning.md")
+PAGES = ("README.md", "docs/results.md", "docs/speed.md", "docs/pruning.md")
 METRICS = {"accuracy": "accuracy", "f1": "F1"}
 
 
@@ -112,21 +114,53 @@ def summary() -> str:
 
 def linear() -> str:
     """One BERT-base layer at 80 %, by block shape and tokens."""
-    rows = []
-    for run in load("block_sparse_linear.json"):
-        for row in run["rows"]:
-            if row["sparsity"] == 0.8 and row["layer"] == "bert_base_ffn_up":
-                rows.append(
-                    [
-                        "(" + ", ".join(map(str, row["block_shape"])) + ")",
-                        str(row["tokens"]),
-                        f"{row['times']['pybsp']['median_ms']:.3f}",
-                        f"{row['speedup_over_best_dense']:.1f}x",
-                        f"{row['of_peak']:.0%}",
-                    ]
-                )
+    rows = [
+        [
+            section.block_text(row["block_shape"]),
+            str(row["M"]),
+            f"{row['times']['pybsp']['median_ms']:.3f}",
+            f"{row['speedup']:.1f}x",
+            f"{row['of_peak']:.0%}",
+        ]
+        for run in load("block_sparse_linear.json")
+        for row in run["rows"]
+        if row["sparsity"] == 0.8 and row["layer"] == "bert_base_ffn_up"
+    ]
     head = ["block", "tokens", "ms", "faster than the best dense peer", "of FMA peak"]
     return markdown(head, rows)
+
+
+def numbers() -> str:
+    """What every section was to reach, and the command that measures it."""
+    head, rows = ("what", "target", "measured", "reached", "command"), []
+    for part in SECTIONS:
+        for run in load(f"{part.name}.json"):
+            _, found = section.numbers(run.get("targets", []))
+            rows += [[*row, f"`python -m benchmarks.{part.name}`"] for row in found]
+    return markdown(head, rows)
+
+
+def machine() -> str:
+    """On what, and from which sources, the sections were measured."""
+    found: dict[str, list[str]] = {}
+    for part in SECTIONS:
+        for run in load(f"{part.name}.json"):
+            where = run["environment"]
+            peers = ", ".join(f"{name} {v}" for name, v in where["peers"].items())
+            text = f"{where['cpu']}, {where['isa']}, {peers}, commit {run['commit']}"
+            found.setdefault(text, []).append(part.name)
+    return "\n".join(f"- {text}: {', '.join(names)}" for text, names in found.items())
+
+
+def of_section(part: section.Section) -> Callable[[], str]:
+    """The summary that the section's command prints."""
+
+    def table() -> str:
+        runs = load(f"{part.name}.json")
+        command = f"`python -m benchmarks.{part.name}`"
+        return markdown(*part.summary(runs[0])) if runs else f"Run {command}."
+
+    return table
 
 
 def hook() -> str:
@@ -175,6 +209,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear": linear,
     "hook": hook,
     "penalty": penalty,
+    "numbers": numbers,
+    "machine": machine,
+    **{part.name: of_section(part) for part in SECTIONS},
 }
 
 

@@ -1,0 +1,78 @@
+"""Tables and pictures of the documentation, from result files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from benchmarks import figures, layers, result, section, tables
+from benchmarks.sections import SECTIONS
+
+ROW = {"layer": "bert_base_ffn_up", "M": 128, "K": 768, "N": 3072, "peak_gflops": 240.0}
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for result files."""
+    monkeypatch.setattr(result, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_every_table_of_the_documentation_is_known() -> None:
+    for page in tables.PAGES:
+        text = (tables.ROOT / page).read_text(encoding="utf-8")
+        for name in re.findall(r"<!-- table:(\w+) -->", text):
+            assert name in tables.TABLES, (page, name)
+
+
+@pytest.mark.usefixtures("results")
+def test_targets_stand_beside_their_command() -> None:
+    targets = section.reach("speed", [0.5], every=0.8)
+    result.save("kernel", {"rows": [], "targets": targets})
+    lines = tables.numbers().splitlines()
+    assert lines[2:] == [
+        "| speed | >= 0.80 | 0.50 | **no** | `python -m benchmarks.kernel` |"
+    ]
+    assert tables.machine().endswith(": kernel")
+
+
+@pytest.mark.usefixtures("results")
+@pytest.mark.parametrize("part", SECTIONS, ids=lambda part: part.name)
+def test_a_section_without_results_names_its_command(part: section.Section) -> None:
+    assert tables.TABLES[part.name]() == f"Run `python -m benchmarks.{part.name}`."
+
+
+@pytest.mark.usefixtures("results")
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_a_picture_without_results_is_left_out(name: str) -> None:
+    assert figures.FIGURES[name]() is None
+
+
+@pytest.mark.usefixtures("results")
+def test_pictures_show_what_was_measured() -> None:
+    rows = [
+        {**ROW, "block_shape": list(block), "sparsity": 0.8, "of_peak": 0.5,
+         "best_dense_ms": 4.0, "over_line": {"49": 0.1},
+         "milliseconds": {"48": 0.3, "49": 0.4, "0.80": 0.9}}
+        for block in layers.BLOCKS
+    ]  # fmt: skip
+    result.save("block_sparse_linear", {"rows": rows})
+    by_tokens = [{**row, "milliseconds": {"48": 0.3, "49": 0.4}} for row in rows]
+    result.save("tokens", {"rows": by_tokens})
+    by_sparsity = [{**row, "milliseconds": {"0.50": 2.0, "0.80": 0.9}} for row in rows]
+    result.save("work", {"rows": by_sparsity})
+    for name, draw in figures.FIGURES.items():
+        figure = draw()
+        assert isinstance(figure, Figure), name
+        for axis in figure.axes:
+            assert axis.get_xlabel(), name
+            assert axis.get_ylabel(), name
+            legend = axis.get_legend()
+            assert legend is not None, name
+            labels = " ".join(text.get_text() for text in legend.get_texts())
+            for block in layers.BLOCKS:
+                assert section.block_text(block) in labels, name
