@@ -65,6 +65,9 @@ struct Variants {
 
   // 12 x rounds vector multiply-adds; the result only keeps them from being removed.
   float (*fma_chains)(int64_t rounds);
+  // Reads `count` floats, a multiple of 8 x lanes, `rounds` times over; the sum only
+  // keeps the loads from being removed.
+  float (*sum_floats)(const float* data, int64_t count, int64_t rounds);
 };
 
 const Variants& variants(Isa isa);

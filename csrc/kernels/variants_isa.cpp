@@ -12,7 +12,7 @@ const Variants& variants() {
       scale_blocks,  pack_tokens,
       multiply_rows, multiply_columns,
       unpack_tokens, multiply_few_tokens,
-      fma_chains,
+      fma_chains,    sum_floats,
   };
   return table;
 }

@@ -24,5 +24,6 @@ void multiply_few_tokens(const BlockSparseView& weight, int64_t first, int64_t l
                          const float* x, int64_t tokens, const float* bias,
                          Activation activation, float* y);
 float fma_chains(int64_t rounds);
+float sum_floats(const float* data, int64_t count, int64_t rounds);
 
 }  // namespace pybsp::PYBSP_ISA

@@ -30,6 +30,7 @@ from .runtime import (
     available_isas,
     config,
     fma_peak,
+    read_bandwidth,
     set_active_isa,
     show_config,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "group_lasso_grad_",
     "group_lasso_prox_",
     "int32_indices",
+    "read_bandwidth",
     "reweight",
     "set_active_isa",
     "show_config",
