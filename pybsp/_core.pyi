@@ -26,6 +26,7 @@ def group_lasso_grad(
 def group_lasso_prox(
     weight: NDArray[Any],
     thresholds: NDArray[Any],
+    step: float,
     block_shape: tuple[int, int],
     threads: int,
 ) -> None: ...

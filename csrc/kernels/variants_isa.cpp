@@ -7,12 +7,17 @@ namespace pybsp::PYBSP_ISA {
 
 const Variants& variants() {
   static constexpr Variants table = {
-      kLanes,        3,
-      block_squares, add_scaled_blocks,
-      scale_blocks,  pack_tokens,
-      multiply_rows, multiply_columns,
-      unpack_tokens, multiply_few_tokens,
-      fma_chains,    sum_floats,
+      kLanes,
+      3,
+      &block_rows_float32,
+      &block_rows_bfloat16,
+      pack_tokens,
+      multiply_rows,
+      multiply_columns,
+      unpack_tokens,
+      multiply_few_tokens,
+      fma_chains,
+      sum_floats,
   };
   return table;
 }
