@@ -41,10 +41,10 @@ struct Panels {
   int64_t count;   // panels in all
 };
 
-// Panels of `elements` or fewer, if that leaves four cache lines of floats in a row.
+// Panels of `elements` or fewer, if that leaves 128 of them in a row.
 inline Panels split_into_panels(const BlockGrid& grid, int64_t elements) {
   if (grid.grid_rows == 0 || grid.grid_cols == 0) return {1, 0, 0};
-  const int64_t cols = std::clamp<int64_t>(elements / grid.block_rows, 64, kPanelCols);
+  const int64_t cols = std::clamp<int64_t>(elements / grid.block_rows, 128, kPanelCols);
   const int64_t blocks = std::max<int64_t>(1, cols / grid.block_cols);
   const int64_t across = (grid.grid_cols + blocks - 1) / blocks;
   return {blocks, across, across * grid.grid_rows};

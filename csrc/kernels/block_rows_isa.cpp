@@ -52,6 +52,7 @@ inline int64_t distance_ahead(const BlockRow& shape, int64_t stride, int64_t row
   return (shape.next_rows - row) * stride + shape.next_cols;
 }
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
+inline void prefetch_to_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Blocks narrower than a vector: column by column, else a vector a block.
 inline bool is_narrow(const BlockRow& shape) { return shape.cols < kLanes; }
@@ -323,11 +324,13 @@ double group_lasso_grad(T* grad, int64_t grad_stride, const T* weight,
     const Vec quotient = div(mul(set1(lam), factor), norm);
     store(scale + j, select_gt(norm, zero(), quotient, zero()));
   });
+  // Rows of a narrow panel are short: some of them make 4 KB.
+  const int64_t rows_ahead = 1 + 1024 / (shape.cols * shape.blocks);
   for_each_scaled(shape, scale, [=](int64_t row, int64_t i, Vec s, auto part) {
     T* g = grad + row * grad_stride + i;
     const T* w = weight + row * shape.stride + i;
-    prefetch(g + distance_ahead(shape, grad_stride, row, 1));
-    prefetch(w + shape.next_rows * shape.stride + shape.next_cols);
+    prefetch_to_l2(g + distance_ahead(shape, grad_stride, row, rows_ahead));
+    prefetch_to_l2(w + shape.next_rows * shape.stride + shape.next_cols);
     put(g, part, fma(get(w, part), s, get(g, part)));
   });
   return total(penalty);
@@ -344,7 +347,7 @@ void group_lasso_prox(T* weight, const BlockRow& shape, const float* thresholds,
   });
   for_each_scaled(shape, scale, [=](int64_t row, int64_t i, Vec s, auto part) {
     T* w = weight + row * shape.stride + i;
-    prefetch(w + shape.next_rows * shape.stride + shape.next_cols);
+    prefetch_to_l2(w + shape.next_rows * shape.stride + shape.next_cols);
     // s - s is +0 where s is 0, whatever w is, and NaN where it is NaN.
     put(w, part, select_gt(s, zero(), mul(get(w, part), s), sub(s, s)));
   });
