@@ -24,9 +24,14 @@ ACTIVATIONS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def block_norms(weight: torch.Tensor, block_shape: BlockShape) -> torch.Tensor:
-    """``||W_b||`` for every block, shape ``(out/r, in/c)``."""
-    blocks = block_view(weight, block_shape)
+    """``||W_b||`` for every block, shape ``(out/r, in/c)``; float32 for bfloat16."""
+    blocks = block_view(_wide(weight), block_shape)
     return blocks.square().sum((2, 3)).sqrt()
+
+
+def _wide(weight: torch.Tensor) -> torch.Tensor:
+    # bfloat16 is computed in float32 and rounded once, when it is stored
+    return weight.float() if weight.dtype == torch.bfloat16 else weight
 
 
 def reweight(norms: torch.Tensor, eps: float) -> torch.Tensor:
@@ -47,17 +52,23 @@ def group_lasso_grad_(
     """
     norms = block_norms(weight, block_shape)
     scale = torch.where(norms > 0, lam * factors / norms, 0.0)
-    grad += expand_blocks(scale, block_shape) * weight
+    added = expand_blocks(scale, block_shape) * _wide(weight)
+    grad.copy_(_wide(grad) + added)
     return float(lam * (factors.double() * norms.double()).sum())
 
 
 def group_lasso_prox_(
-    weight: torch.Tensor, thresholds: torch.Tensor, block_shape: BlockShape
+    weight: torch.Tensor,
+    thresholds: torch.Tensor,
+    block_shape: BlockShape,
+    *,
+    step: float = 1.0,
 ) -> torch.Tensor:
-    """``W_b *= max(0, 1 - threshold / ||W_b||)``, exactly zero at and under it."""
-    norms = block_norms(weight, block_shape)
+    """``W_b *= max(0, 1 - step * threshold / ||W_b||)``, exactly zero where that is."""
+    norms, thresholds = block_norms(weight, block_shape), step * thresholds
     removed = norms <= thresholds
-    weight *= expand_blocks(1.0 - thresholds / norms, block_shape)
+    left = expand_blocks(1.0 - thresholds / norms, block_shape)
+    weight.copy_(_wide(weight) * left)
     return weight.masked_fill_(expand_blocks(removed, block_shape), 0.0)
 
 

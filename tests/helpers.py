@@ -98,6 +98,7 @@ def assert_linear(
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal bit by bit: NaN equals itself and -0 differs from +0."""
-    return a.shape == b.shape and torch.equal(
-        a.contiguous().view(torch.int32), b.contiguous().view(torch.int32)
+    bits = torch.int32 if a.element_size() == 4 else torch.int16
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.equal(
+        a.contiguous().view(bits), b.contiguous().view(bits)
     )

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "kernels/block_norms.h"
+#include "simd/bfloat16.h"
 
 namespace pybsp {
 
@@ -24,6 +25,12 @@ inline std::string shape_text(const py::array& array) {
   return text + (array.ndim() == 1 ? ",)" : ")");
 }
 
+inline void check_rank(const py::array& array, const char* name, py::ssize_t rank) {
+  if (array.ndim() == rank) return;
+  throw std::invalid_argument(std::string(name) + " must have " + std::to_string(rank) +
+                              " dimensions; got shape " + shape_text(array));
+}
+
 // The element type and rank that `name` must have; TypeError or ValueError otherwise.
 template <typename T>
 void check_type(const py::array& array, const char* name, py::ssize_t rank) {
@@ -33,11 +40,7 @@ void check_type(const py::array& array, const char* name, py::ssize_t rank) {
                          py::str(py::dtype::of<T>()).cast<std::string>() + "; got " +
                          py::str(array.dtype()).cast<std::string>());
   }
-  if (array.ndim() != rank) {
-    throw std::invalid_argument(std::string(name) + " must have " +
-                                std::to_string(rank) + " dimensions; got shape " +
-                                shape_text(array));
-  }
+  check_rank(array, name, rank);
 }
 
 template <typename T>
@@ -60,10 +63,19 @@ T* output(py::array& array, const char* name, py::ssize_t rank) {
   return static_cast<T*>(array.mutable_data());
 }
 
-// Floats between the rows of a matrix whose rows are contiguous.
+// Calls body(element) with float{} or Bfloat16{} for what `array` holds: float32, or
+// bfloat16 as uint16, which numpy has no name for.
+template <typename Body>
+auto with_element(const py::array& array, const char* name, Body body) {
+  if (py::isinstance<py::array_t<uint16_t>>(array)) return body(Bfloat16{});
+  check_type<float>(array, name, array.ndim());
+  return body(float{});
+}
+
+// Elements between the rows of a matrix whose rows are contiguous.
 inline int64_t row_stride(const py::array& array, const char* name) {
-  check_type<float>(array, name, 2);
-  const py::ssize_t item = sizeof(float);
+  check_rank(array, name, 2);
+  const py::ssize_t item = array.itemsize();
   if (array.size() == 0) return array.shape(1);  // strides mean nothing
   const bool rows_contiguous = array.shape(1) <= 1 || array.strides(1) == item;
   const bool forward =

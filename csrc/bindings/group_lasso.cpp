@@ -18,10 +18,12 @@ void block_norms_array(const py::array& weight, Block block, py::array norms,
                        int threads) {
   const BlockGrid grid = block_grid(weight, "weight", block.first, block.second);
   check_per_block(norms, "norms", grid);
-  const float* from = static_cast<const float*>(weight.data());
   float* to = output<float>(norms, "norms", 2);
-  py::gil_scoped_release release;
-  block_norms(from, grid, to, threads);
+  with_element(weight, "weight", [&](auto element) {
+    const auto* from = static_cast<const decltype(element)*>(weight.data());
+    py::gil_scoped_release release;
+    block_norms(from, grid, to, threads);
+  });
 }
 
 void reweight_array(const py::array& norms, float eps, py::array factors) {
@@ -44,20 +46,30 @@ double group_lasso_grad_array(py::array grad, const py::array& weight,
   }
   check_per_block(factors, "factors", grid);
   const float* factor = input<float>(factors, "factors", 2);
-  const float* from = static_cast<const float*>(weight.data());
-  float* to = static_cast<float*>(grad.mutable_data());
-  py::gil_scoped_release release;
-  return group_lasso_grad(to, grad_stride, from, factor, lam, grid, threads);
+  if (!grad.dtype().equal(weight.dtype())) {
+    throw py::type_error("grad and weight must have the same element type");
+  }
+  void* changed = grad.mutable_data();
+  return with_element(weight, "weight", [&](auto element) {
+    using T = decltype(element);
+    const T* from = static_cast<const T*>(weight.data());
+    py::gil_scoped_release release;
+    return group_lasso_grad(static_cast<T*>(changed), grad_stride, from, factor, lam,
+                            grid, threads);
+  });
 }
 
-void group_lasso_prox_array(py::array weight, const py::array& thresholds, Block block,
-                            int threads) {
+void group_lasso_prox_array(py::array weight, const py::array& thresholds, float step,
+                            Block block, int threads) {
   const BlockGrid grid = block_grid(weight, "weight", block.first, block.second);
   check_per_block(thresholds, "thresholds", grid);
   const float* threshold = input<float>(thresholds, "thresholds", 2);
-  float* to = static_cast<float*>(weight.mutable_data());
-  py::gil_scoped_release release;
-  group_lasso_prox(to, threshold, grid, threads);
+  void* changed = weight.mutable_data();
+  with_element(weight, "weight", [&](auto element) {
+    auto* to = static_cast<decltype(element)*>(changed);
+    py::gil_scoped_release release;
+    group_lasso_prox(to, threshold, step, grid, threads);
+  });
 }
 
 void block_mask_array(const py::array& scores, int64_t keep, py::array mask) {
@@ -76,9 +88,12 @@ void apply_block_mask_array(py::array weight, const py::array& mask, Block block
   const BlockGrid grid = block_grid(weight, "weight", block.first, block.second);
   check_per_block(mask, "mask", grid);
   const bool* keep = input<bool>(mask, "mask", 2);
-  float* to = static_cast<float*>(weight.mutable_data());
-  py::gil_scoped_release release;
-  apply_block_mask(to, keep, grid, threads);
+  void* changed = weight.mutable_data();
+  with_element(weight, "weight", [&](auto element) {
+    auto* to = static_cast<decltype(element)*>(changed);
+    py::gil_scoped_release release;
+    apply_block_mask(to, keep, grid, threads);
+  });
 }
 
 }  // namespace
@@ -91,7 +106,7 @@ void register_group_lasso(py::module_& module) {
   module.def("group_lasso_grad", &group_lasso_grad_array, arg("grad"), arg("weight"),
              arg("factors"), arg("lam"), arg("block_shape"), arg("threads"));
   module.def("group_lasso_prox", &group_lasso_prox_array, arg("weight"),
-             arg("thresholds"), arg("block_shape"), arg("threads"));
+             arg("thresholds"), arg("step"), arg("block_shape"), arg("threads"));
   module.def("block_mask", &block_mask_array, arg("scores"), arg("keep"), arg("mask"));
   module.def("apply_block_mask", &apply_block_mask_array, arg("weight"), arg("mask"),
              arg("block_shape"), arg("threads"));

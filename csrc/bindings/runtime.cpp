@@ -3,6 +3,7 @@
 
 #include "bindings/module.h"
 #include "kernels/fma_peak.h"
+#include "kernels/read_bandwidth.h"
 #include "runtime/isa.h"
 #include "runtime/threads.h"
 
@@ -19,6 +20,8 @@ void register_runtime(py::module_& module) {
     return names;
   });
   module.def("fma_peak", &fma_peak, py::call_guard<py::gil_scoped_release>());
+  module.def("read_bandwidth", &read_bandwidth, py::arg("bytes"),
+             py::call_guard<py::gil_scoped_release>());
   module.def("build_info", [] {
     py::dict info;
     info["version"] = PYBSP_VERSION;

@@ -1,82 +1,71 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels/group_lasso.h"
 
-#include <cmath>
 #include <vector>
 
-#include "kernels/variants.h"
-#include "runtime/isa.h"
-#include "runtime/threads.h"
+#include "kernels/block_panels.h"
 
 namespace pybsp {
 namespace {
 
-// Calls body(i, scratch) for every block row with grid_cols floats of scratch.
-template <typename Body>
-void for_each_block_row(const BlockGrid& grid, int threads, Body body) {
-  std::vector<float> scratch(static_cast<size_t>(threads * grid.grid_cols));
-  parallel(threads, [&](int thread, int count) {
-    const Range range = share(grid.grid_rows, thread, count);
-    float* mine = scratch.data() + thread * grid.grid_cols;
-    for (int64_t i = range.first; i < range.last; ++i) body(i, mine);
-  });
-}
-
-BlockRow block_row(const BlockGrid& grid) {
-  return {grid.row_stride, grid.block_rows, grid.block_cols, grid.grid_cols};
-}
+// Elements of a panel that is read twice: the weight's 128 KB, and as much of a
+// gradient, stay in L2 in between.
+constexpr int64_t kReadTwice = 1 << 15;
 
 }  // namespace
 
-double group_lasso_grad(float* grad, int64_t grad_stride, const float* weight,
-                        const float* factors, float lam, const BlockGrid& grid,
+template <typename T>
+double group_lasso_grad(T* grad, int64_t grad_stride, const T* weight,
+                        const float* factors, float lam, const BlockGrid& given,
                         int threads) {
-  const Variants& isa = variants(active_isa());
-  std::vector<double> penalties(static_cast<size_t>(grid.grid_rows));
-  for_each_block_row(grid, threads, [&](int64_t i, float* scale) {
-    const int64_t row = i * grid.block_rows;
-    isa.block_squares(weight + row * grid.row_stride, block_row(grid), scale);
-    double penalty = 0.0;
-    for (int64_t j = 0; j < grid.grid_cols; ++j) {
-      const float norm = std::sqrt(scale[j]);
-      const float factor = factors[i * grid.grid_cols + j];
-      penalty += static_cast<double>(factor) * static_cast<double>(norm);
-      scale[j] = norm > 0.0f ? lam * factor / norm : 0.0f;
-    }
-    penalties[static_cast<size_t>(i)] = penalty;
-    isa.add_scaled_blocks(grad + row * grad_stride, grad_stride,
-                          weight + row * grid.row_stride, block_row(grid), scale);
+  const bool alike = grad_stride == given.row_stride;
+  const BlockGrid grid = alike ? without_row_ends(given) : given;
+  if (alike) grad_stride = grid.row_stride;
+  const BlockRowKernels<T>& kernels = block_row_kernels<T>();
+  const Panels panels = split_into_panels(grid, kReadTwice);
+  std::vector<double> penalties(static_cast<size_t>(panels.count));
+  for_each_panel(grid, panels, threads, [&](int64_t index, const Panel& panel) {
+    penalties[static_cast<size_t>(index)] = kernels.group_lasso_grad(
+        grad + panel.row * grad_stride + panel.col, grad_stride,
+        weight + panel.row * grid.row_stride + panel.col, panel.shape,
+        factors + panel.block, lam);
   });
   double total = 0.0;
   for (double penalty : penalties) total += penalty;
   return static_cast<double>(lam) * total;
 }
 
-void group_lasso_prox(float* weight, const float* thresholds, const BlockGrid& grid,
-                      int threads) {
-  const Variants& isa = variants(active_isa());
-  for_each_block_row(grid, threads, [&](int64_t i, float* scale) {
-    float* row = weight + i * grid.block_rows * grid.row_stride;
-    isa.block_squares(row, block_row(grid), scale);
-    for (int64_t j = 0; j < grid.grid_cols; ++j) {
-      const float norm = std::sqrt(scale[j]);
-      const float threshold = thresholds[i * grid.grid_cols + j];
-      scale[j] = norm <= threshold ? 0.0f : 1.0f - threshold / norm;
-    }
-    isa.scale_blocks(row, block_row(grid), scale);
+template <typename T>
+void group_lasso_prox(T* weight, const float* thresholds, float step,
+                      const BlockGrid& given, int threads) {
+  const BlockGrid grid = without_row_ends(given);
+  const BlockRowKernels<T>& kernels = block_row_kernels<T>();
+  const Panels panels = split_into_panels(grid, kReadTwice);
+  for_each_panel(grid, panels, threads, [&](int64_t, const Panel& panel) {
+    kernels.group_lasso_prox(weight + panel.row * grid.row_stride + panel.col,
+                             panel.shape, thresholds + panel.block, step);
   });
 }
 
-void apply_block_mask(float* weight, const bool* mask, const BlockGrid& grid,
+template <typename T>
+void apply_block_mask(T* weight, const bool* mask, const BlockGrid& given,
                       int threads) {
-  const Variants& isa = variants(active_isa());
-  for_each_block_row(grid, threads, [&](int64_t i, float* scale) {
-    for (int64_t j = 0; j < grid.grid_cols; ++j) {
-      scale[j] = mask[i * grid.grid_cols + j] ? 1.0f : 0.0f;
-    }
-    isa.scale_blocks(weight + i * grid.block_rows * grid.row_stride, block_row(grid),
-                     scale);
+  const BlockGrid grid = without_row_ends(given);
+  const BlockRowKernels<T>& kernels = block_row_kernels<T>();
+  const Panels panels = split_into_panels(grid, kPanelCols * grid.block_rows);
+  for_each_panel(grid, panels, threads, [&](int64_t, const Panel& panel) {
+    kernels.apply_block_mask(weight + panel.row * grid.row_stride + panel.col,
+                             panel.shape, mask + panel.block);
   });
 }
+
+template double group_lasso_grad(float*, int64_t, const float*, const float*, float,
+                                 const BlockGrid&, int);
+template double group_lasso_grad(Bfloat16*, int64_t, const Bfloat16*, const float*,
+                                 float, const BlockGrid&, int);
+template void group_lasso_prox(float*, const float*, float, const BlockGrid&, int);
+template void group_lasso_prox(Bfloat16*, const float*, float, const BlockGrid&, int);
+template void apply_block_mask(float*, const bool*, const BlockGrid&, int);
+template void apply_block_mask(Bfloat16*, const bool*, const BlockGrid&, int);
 
 }  // namespace pybsp

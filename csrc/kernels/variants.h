@@ -9,16 +9,32 @@
 #include "kernels/block_sparse_gemm.h"
 #include "kernels/transposed_index.h"
 #include "runtime/isa.h"
+#include "simd/bfloat16.h"
 
 namespace pybsp {
 
-// One block row of a dense weight: `rows` rows of `cols * blocks` floats, `stride`
-// floats apart.
+// A panel: consecutive blocks of one block row of a dense weight. `cols * blocks` is at
+// most kPanelCols unless `blocks` is 1.
+constexpr int64_t kPanelCols = 2048;
 struct BlockRow {
-  int64_t stride;
+  int64_t stride;  // elements between rows
   int64_t rows;    // r
   int64_t cols;    // c
-  int64_t blocks;  // in / c
+  int64_t blocks;
+  int64_t next_rows;  // from here to the panel that comes next, for prefetching;
+  int64_t next_cols;  // both 0 for the last
+};
+
+// Operations on one panel of a weight of type T, in float. Arrays per block hold
+// shape.blocks entries. group_lasso.h says what each computes.
+template <typename T>
+struct BlockRowKernels {
+  void (*block_norms)(const T* weight, const BlockRow& shape, float* norms);
+  double (*group_lasso_grad)(T* grad, int64_t grad_stride, const T* weight,
+                             const BlockRow& shape, const float* factors, float lam);
+  void (*group_lasso_prox)(T* weight, const BlockRow& shape, const float* thresholds,
+                           float step);
+  void (*apply_block_mask)(T* weight, const BlockRow& shape, const bool* mask);
 };
 
 // The tiles of one part of a schedule by column; block row = output row.
@@ -70,13 +86,8 @@ struct Variants {
   int lanes;        // tokens in a vector
   int max_vectors;  // vectors of tokens in the widest tile
 
-  // squares[j] = sum of squares of block j.
-  void (*block_squares)(const float* weight, BlockRow shape, float* squares);
-  // grad += scale[j] * weight over block j.
-  void (*add_scaled_blocks)(float* grad, int64_t grad_stride, const float* weight,
-                            BlockRow shape, const float* scale);
-  // weight *= scale[j] >= 0 over block j; +0 where scale[j] is 0, NaN where it is NaN.
-  void (*scale_blocks)(float* weight, BlockRow shape, const float* scale);
+  const BlockRowKernels<float>* float32;
+  const BlockRowKernels<Bfloat16>* bfloat16;
 
   // Transposes tokens of x, features [first, last), into tile[feature][lane]. Lanes
   // past `tokens` repeat the last token.
@@ -112,6 +123,9 @@ struct Variants {
 
   // 12 x rounds vector multiply-adds; the result only keeps them from being removed.
   float (*fma_chains)(int64_t rounds);
+  // Reads `count` floats, a multiple of 8 x lanes, `rounds` times over; the sum only
+  // keeps the loads from being removed.
+  float (*sum_floats)(const float* data, int64_t count, int64_t rounds);
 };
 
 const Variants& variants(Isa isa);

@@ -9,9 +9,8 @@ const Variants& variants() {
   static constexpr Variants table = {
       kLanes,
       3,
-      block_squares,
-      add_scaled_blocks,
-      scale_blocks,
+      &block_rows_float32,
+      &block_rows_bfloat16,
       pack_tokens,
       multiply_rows,
       multiply_columns,
@@ -22,6 +21,7 @@ const Variants& variants() {
       multiply_block_columns,
       sampled_products,
       fma_chains,
+      sum_floats,
   };
   return table;
 }

@@ -7,10 +7,8 @@
 
 namespace pybsp::PYBSP_ISA {
 
-void block_squares(const float* weight, BlockRow shape, float* squares);
-void add_scaled_blocks(float* grad, int64_t grad_stride, const float* weight,
-                       BlockRow shape, const float* scale);
-void scale_blocks(float* weight, BlockRow shape, const float* scale);
+extern const BlockRowKernels<float> block_rows_float32;
+extern const BlockRowKernels<Bfloat16> block_rows_bfloat16;
 void pack_tokens(const float* x, int64_t in_features, int64_t tokens, int64_t first,
                  int64_t last, int vectors, float* tile);
 void multiply_rows(const BlockSparseView& weight, int64_t first, int64_t last,
@@ -30,5 +28,6 @@ void multiply_block_columns(const BlockSparseView& weight, BlockColumns columns,
                             const float* dy_tile, int vectors, float* dx_tile);
 void sampled_products(const SampledProducts& products);
 float fma_chains(int64_t rounds);
+float sum_floats(const float* data, int64_t count, int64_t rounds);
 
 }  // namespace pybsp::PYBSP_ISA

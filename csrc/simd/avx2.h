@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "simd/bfloat16.h"
+
 namespace pybsp::avx2 {
 namespace {
 
@@ -72,6 +74,87 @@ inline void transpose(Vec (&a)[kLanes]) {
     a[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
     a[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
   }
+}
+inline Vec sqrt(Vec a) { return _mm256_sqrt_ps(a); }
+// a <= b ? x : y
+inline Vec select_le(Vec a, Vec b, Vec x, Vec y) {
+  return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LE_OQ));
+}
+// Whether any bit of any lane is set: false for +0 alone.
+inline bool any_bit(Vec a) {
+  const __m256i bits = _mm256_castps_si256(a);
+  return !_mm256_testz_si256(bits, bits);
+}
+// a0 + a1, a2 + a3, ..., b0 + b1, ...
+inline Vec pair_sums(Vec a, Vec b) {
+  const __m256d pairs = _mm256_castps_pd(_mm256_hadd_ps(a, b));
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xD8));
+}
+// a0, a0, a1, a1, ... of the lower and the upper half.
+inline Vec twice_low(Vec a) {
+  return _mm256_permutevar8x32_ps(a, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+}
+inline Vec twice_high(Vec a) {
+  return _mm256_permutevar8x32_ps(a, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7));
+}
+// The first n lanes, 0 < n < kLanes; the others are 0. Touches no other memory.
+inline __m256i lane_mask(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Vec load_first(const float* p, int n) {
+  return _mm256_maskload_ps(p, lane_mask(n));
+}
+inline void store_first(float* p, int n, Vec a) {
+  _mm256_maskstore_ps(p, lane_mask(n), a);
+}
+// 1 for true, 0 for false.
+inline Vec load(const bool* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+}
+
+// The upper halves of floats. Stores round to nearest even; a NaN stays one.
+inline Vec load(const Bfloat16* p) {
+  const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16));
+}
+inline void store(Bfloat16* p, Vec a) {
+  const __m256i bits = _mm256_castps_si256(a), one = _mm256_set1_epi32(1);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+  const __m256i up = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  const __m256i rounded = _mm256_blendv_epi8(_mm256_add_epi32(bits, up), quiet, nan);
+  const __m256i upper = _mm256_srli_epi32(rounded, 16);
+  const __m256i packed =
+      _mm256_permute4x64_epi64(_mm256_packus_epi32(upper, upper), 0xD8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+inline Vec load_first(const Bfloat16* p, int n) {
+  Bfloat16 lanes[kLanes] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+inline void store_first(Bfloat16* p, int n, Vec a) {
+  Bfloat16 lanes[kLanes];
+  store(lanes, a);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// A sum of floats in double precision.
+struct Sum {
+  __m256d low, high;
+};
+inline Sum zero_sum() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
+inline Sum add(Sum a, Vec b) {
+  return {_mm256_add_pd(a.low, _mm256_cvtps_pd(_mm256_castps256_ps128(b))),
+          _mm256_add_pd(a.high, _mm256_cvtps_pd(_mm256_extractf128_ps(b, 1)))};
+}
+inline double total(Sum a) {
+  double lanes[4];
+  _mm256_storeu_pd(lanes, _mm256_add_pd(a.low, a.high));
+  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
 }
 
 // Eight floats: the weights of eight consecutive outputs for one input.

@@ -6,11 +6,14 @@
 #include <cstdint>
 #include <cstring>
 
+#include "simd/bfloat16.h"
+
 namespace pybsp::generic {
 namespace {
 
 typedef float Vec __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(16)));
 constexpr int kLanes = 4;
 constexpr int kRegisters = 16;
 
@@ -68,6 +71,76 @@ inline void transpose(Vec (&a)[kLanes]) {
       a[j][i] = swapped;
     }
   }
+}
+inline Vec sqrt(Vec a) {
+  return Vec{__builtin_sqrtf(a[0]), __builtin_sqrtf(a[1]), __builtin_sqrtf(a[2]),
+             __builtin_sqrtf(a[3])};
+}
+// a <= b ? x : y
+inline Vec select_le(Vec a, Vec b, Vec x, Vec y) {
+  Ints mask = a <= b;
+  return (Vec)(((Ints)x & mask) | ((Ints)y & ~mask));
+}
+// Whether any bit of any lane is set: false for +0 alone.
+inline bool any_bit(Vec a) {
+  uint64_t halves[2];
+  std::memcpy(halves, &a, sizeof(a));
+  return (halves[0] | halves[1]) != 0;
+}
+// a0 + a1, a2 + a3, ..., b0 + b1, ...
+inline Vec pair_sums(Vec a, Vec b) {
+  return Vec{a[0], a[2], b[0], b[2]} + Vec{a[1], a[3], b[1], b[3]};
+}
+// a0, a0, a1, a1, ... of the lower and the upper half.
+inline Vec twice_low(Vec a) { return Vec{a[0], a[0], a[1], a[1]}; }
+inline Vec twice_high(Vec a) { return Vec{a[2], a[2], a[3], a[3]}; }
+// The first n lanes, 0 < n < kLanes; the others are 0. Touches no other memory.
+inline Vec load_first(const float* p, int n) {
+  float lanes[kLanes] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+inline void store_first(float* p, int n, Vec a) {
+  for (int i = 0; i < n; ++i) p[i] = a[i];
+}
+// 1 for true, 0 for false.
+inline Vec load(const bool* p) {
+  return Vec{p[0] ? 1.0f : 0.0f, p[1] ? 1.0f : 0.0f, p[2] ? 1.0f : 0.0f,
+             p[3] ? 1.0f : 0.0f};
+}
+
+// The upper halves of floats. Stores round to nearest even; a NaN stays one.
+inline Vec load(const Bfloat16* p) {
+  return (Vec)(Words{p[0].bits, p[1].bits, p[2].bits, p[3].bits} << 16);
+}
+inline void store(Bfloat16* p, Vec a) {
+  const Words bits = (Words)a, nan = (Words)(a != a);
+  const Words up = bits + (((bits >> 16) & 1) + 0x7fff), quiet = bits | 0x400000;
+  const Words rounded = ((quiet & nan) | (up & ~nan)) >> 16;
+  for (int i = 0; i < kLanes; ++i) p[i].bits = static_cast<uint16_t>(rounded[i]);
+}
+inline Vec load_first(const Bfloat16* p, int n) {
+  Bfloat16 lanes[kLanes] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+inline void store_first(Bfloat16* p, int n, Vec a) {
+  Bfloat16 lanes[kLanes];
+  store(lanes, a);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// A sum of floats in double precision.
+struct Sum {
+  double lanes[kLanes];
+};
+inline Sum zero_sum() { return {}; }
+inline Sum add(Sum a, Vec b) {
+  for (int i = 0; i < kLanes; ++i) a.lanes[i] += static_cast<double>(b[i]);
+  return a;
+}
+inline double total(Sum a) {
+  return (a.lanes[0] + a.lanes[2]) + (a.lanes[1] + a.lanes[3]);
 }
 
 // Eight floats: the weights of eight consecutive outputs for one input.

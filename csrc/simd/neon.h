@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "simd/bfloat16.h"
+
 namespace pybsp::neon {
 namespace {
 
@@ -65,6 +67,67 @@ inline void transpose(Vec (&a)[kLanes]) {
   a[2] = back(vtrn2q_f64(pair(ab_lo), pair(cd_lo)));
   a[3] = back(vtrn2q_f64(pair(ab_hi), pair(cd_hi)));
 }
+inline Vec sqrt(Vec a) { return vsqrtq_f32(a); }
+// a <= b ? x : y
+inline Vec select_le(Vec a, Vec b, Vec x, Vec y) {
+  return vbslq_f32(vcleq_f32(a, b), x, y);
+}
+// Whether any bit of any lane is set: false for +0 alone.
+inline bool any_bit(Vec a) { return vmaxvq_u32(vreinterpretq_u32_f32(a)) != 0; }
+// a0 + a1, a2 + a3, ..., b0 + b1, ...
+inline Vec pair_sums(Vec a, Vec b) { return vpaddq_f32(a, b); }
+// a0, a0, a1, a1, ... of the lower and the upper half.
+inline Vec twice_low(Vec a) { return vzip1q_f32(a, a); }
+inline Vec twice_high(Vec a) { return vzip2q_f32(a, a); }
+// The first n lanes, 0 < n < kLanes; the others are 0. Touches no other memory.
+inline Vec load_first(const float* p, int n) {
+  float lanes[kLanes] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+inline void store_first(float* p, int n, Vec a) {
+  for (int i = 0; i < n; ++i) p[i] = a[i];
+}
+// 1 for true, 0 for false.
+inline Vec load(const bool* p) {
+  const uint32_t flags[kLanes] = {p[0], p[1], p[2], p[3]};
+  return vcvtq_f32_u32(vld1q_u32(flags));
+}
+
+// The upper halves of floats. Stores round to nearest even; a NaN stays one.
+inline Vec load(const Bfloat16* p) {
+  const uint16x4_t a = vld1_u16(&p->bits);
+  return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(a), 16));
+}
+inline void store(Bfloat16* p, Vec a) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(a);
+  const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint32x4_t up = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+  const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+  const uint32x4_t rounded = vbslq_u32(vceqq_f32(a, a), up, quiet);
+  vst1_u16(&p->bits, vshrn_n_u32(rounded, 16));
+}
+inline Vec load_first(const Bfloat16* p, int n) {
+  Bfloat16 lanes[kLanes] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+inline void store_first(Bfloat16* p, int n, Vec a) {
+  Bfloat16 lanes[kLanes];
+  store(lanes, a);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// A sum of floats in double precision.
+struct Sum {
+  float64x2_t low, high;
+};
+inline Sum zero_sum() { return {vdupq_n_f64(0.0), vdupq_n_f64(0.0)}; }
+inline Sum add(Sum a, Vec b) {
+  return {vaddq_f64(a.low, vcvt_f64_f32(vget_low_f32(b))),
+          vaddq_f64(a.high, vcvt_high_f64_f32(b))};
+}
+inline double total(Sum a) { return vaddvq_f64(vaddq_f64(a.low, a.high)); }
 
 // Eight floats: the weights of eight consecutive outputs for one input.
 struct Vec8 {

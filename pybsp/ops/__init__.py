@@ -1,11 +1,11 @@
 """Native operations on torch tensors; the only importer of the compiled module.
 
 Each has a few-line twin in ``pybsp.reference`` that defines it and that serves tensors
-which are not on the CPU. Weights are float32 ``(out, in)``, block shapes ``(r, c)``
-divide them, per-block tensors are ``(out/r, in/c)``. The number of threads is
-``torch.get_num_threads()``.
+which are not on the CPU. Weights are float32 ``(out, in)``, in training bfloat16 too;
+block shapes ``(r, c)`` divide them, per-block tensors are ``(out/r, in/c)``. The number
+of threads is ``torch.get_num_threads()``.
 
-``TypeError``: not a float32 tensor. ``ValueError``: a shape that does not fit.
+``TypeError``: not a tensor of such a type. ``ValueError``: a shape that does not fit.
 """
 
 try:
@@ -28,6 +28,7 @@ from .runtime import (
     available_isas,
     config,
     fma_peak,
+    read_bandwidth,
     set_active_isa,
     show_config,
 )
@@ -39,6 +40,7 @@ from .tiles import (
     unpack_tokens,
 )
 from .training import (
+    TRAINED_DTYPES,
     apply_block_mask_,
     block_mask,
     block_norms,
@@ -49,6 +51,7 @@ from .training import (
 )
 
 __all__ = [
+    "TRAINED_DTYPES",
     "TokenTiles",
     "active_isa",
     "apply_block_mask_",
@@ -69,6 +72,7 @@ __all__ = [
     "group_lasso_prox_",
     "int32_indices",
     "pack_tokens",
+    "read_bandwidth",
     "reweight",
     "set_active_isa",
     "show_config",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 
 from .. import _core
@@ -14,6 +16,20 @@ fma_peak = _core.fma_peak
 
 # Fails at import, not in the first layer, when PYBSP_ISA names what cannot run.
 active_isa()
+
+
+def read_bandwidth(bytes: int) -> float:
+    """Bytes a second at which one thread reads a buffer of this size, over and over.
+
+    The yardstick of operations that memory limits: vector loads, summed in registers,
+    best of several runs. A buffer as large as the data tells the cache or memory that
+    the data come from.
+    """
+    if operator.index(bytes) < 4096:
+        raise ValueError(
+            f"bytes must be at least 4096, or calls would be measured; got {bytes}"
+        )
+    return _core.read_bandwidth(bytes)
 
 
 def show_config() -> None:

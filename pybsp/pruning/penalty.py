@@ -18,13 +18,11 @@ distance) arrives at exact zeros and cannot overshoot.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
 from .. import ops
-from ..blocks import BlockShape, block_view
+from ..blocks import BlockShape
 from .config import BlockPruningConfig
 from .targets import Target
 
@@ -64,10 +62,7 @@ def add_gradient_(
     block_shape: BlockShape,
 ) -> float:
     """Add the penalty's gradient to ``grad`` in place; returns the penalty."""
-    with contiguous_(grad) as dense_grad:
-        return ops.group_lasso_grad_(
-            dense_grad, weight.contiguous(), factors, lam, block_shape
-        )
+    return ops.group_lasso_grad_(grad, weight, factors, lam, block_shape)
 
 
 def gradient_step_(
@@ -77,38 +72,23 @@ def gradient_step_(
 
     The plain gradient step: it overshoots a block whose norm is below ``step * R_b``.
     """
-    norms = block_norms(weight, block_shape)
-    scale = torch.where(norms > 0, 1.0 - step * factors / norms, 1.0)
-    block_view(weight, block_shape).mul_(scale[:, :, None, None])
+    ops.group_lasso_grad_(weight, weight, factors, -step, block_shape)
 
 
 def proximal_step_(
     weight: torch.Tensor, factors: torch.Tensor, step: float, block_shape: BlockShape
 ) -> None:
     """Block soft-threshold with thresholds ``step * R_b``, ``step = lr * lambda``."""
-    with contiguous_(weight) as dense:
-        ops.group_lasso_prox_(dense, factors * step, block_shape)
+    ops.group_lasso_prox_(weight, factors, block_shape, step=step)
 
 
 def block_norms(weight: torch.Tensor, block_shape: BlockShape) -> torch.Tensor:
     """Block norms of a weight in any memory layout."""
-    return ops.block_norms(weight.contiguous(), block_shape)
+    return ops.block_norms(weight, block_shape)
 
 
 def mask_blocks_(
     tensor: torch.Tensor, mask: torch.Tensor, block_shape: BlockShape
 ) -> None:
     """Zero the blocks of ``tensor`` whose mask is False, in any memory layout."""
-    with contiguous_(tensor) as dense:
-        ops.apply_block_mask_(dense, mask, block_shape)
-
-
-@contextmanager
-def contiguous_(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """``tensor`` itself, or a row-major copy that is written back on leaving."""
-    if tensor.is_contiguous():
-        yield tensor
-        return
-    copy = tensor.contiguous()
-    yield copy
-    tensor.copy_(copy)
+    ops.apply_block_mask_(tensor, mask, block_shape)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import ops
 from ..blocks import BlockShape, grid_shape, resolve_block_shape
 from .config import BlockPruningConfig
 
@@ -82,7 +83,8 @@ def select_targets(model: nn.Module, cfg: BlockPruningConfig) -> list[Target]:
     Raises:
         ValueError: when nothing matches, a block shape does not divide a weight, an
             override matches nothing, a named weight is tied to something that is not a
-            linear layer, or a weight is sharded, not float32, or not finite.
+            linear layer, or a weight is sharded, of another type than float32 and
+            bfloat16, or not finite.
     """
     linears = linear_modules(model)
     tied = _weights_outside_linears(model)
@@ -98,7 +100,7 @@ def select_targets(model: nn.Module, cfg: BlockPruningConfig) -> list[Target]:
                 f"the weight of '{name}' is tied to {tied[id(module.weight)]!r}, which "
                 "is not a linear layer; exclude the module or untie the weights"
             )
-        _check_prunable(name, module.weight)
+        _check_prunable(name, module.weight, cfg)
         shared.setdefault(id(module.weight), []).append(name)
         if module.weight.requires_grad and len(shared[id(module.weight)]) == 1:
             matched[name] = module
@@ -134,7 +136,7 @@ def _weights_outside_linears(model: nn.Module) -> dict[int, str]:
     }
 
 
-def _check_prunable(name: str, weight: torch.Tensor) -> None:
+def _check_prunable(name: str, weight: torch.Tensor, cfg: BlockPruningConfig) -> None:
     sharded = type(weight).__name__ in ("DTensor", "FlatParameter")
     sharded = sharded or getattr(weight, "_is_flat_param", False)
     if sharded or hasattr(weight, "ds_id") or weight.dim() != 2:
@@ -143,10 +145,18 @@ def _check_prunable(name: str, weight: torch.Tensor) -> None:
             f"{tuple(weight.shape)}), so its blocks cannot be seen; train with one "
             "process or with DistributedDataParallel instead of FSDP or DeepSpeed ZeRO"
         )
-    if weight.dtype != torch.float32:
+    if weight.dtype not in ops.TRAINED_DTYPES:
         raise ValueError(
-            f"the weight of '{name}' is {weight.dtype}; pruning keeps float32 weights: "
-            "load the model with dtype=torch.float32 (mixed precision may stay on)"
+            f"the weight of '{name}' is {weight.dtype}; pruning trains float32 or "
+            "bfloat16 weights: load the model with dtype=torch.float32 (mixed "
+            "precision may stay on)"
+        )
+    on_weights = cfg.penalised and cfg.penalty != "gradient"
+    if on_weights and weight.dtype == torch.bfloat16:
+        raise ValueError(
+            f"the weight of '{name}' is bfloat16, and penalty={cfg.penalty!r} moves "
+            "weights by less than bfloat16 resolves: use penalty='gradient', or load "
+            "the model with dtype=torch.float32"
         )
     if weight.is_meta:
         raise ValueError(f"the weight of '{name}' is on the meta device; load it first")

@@ -97,16 +97,28 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ),
         ValueError, "not writeable",
     ),
+    "grad of another type": (
+        lambda: _core.group_lasso_grad(
+            W.astype(np.uint16), W, floats(2, 2), 0.1, BLOCK, 1
+        ),
+        TypeError, "same element type",
+    ),
+    "weight int16": (
+        lambda: _core.block_norms(W.astype(np.int16), BLOCK, floats(2, 2), 1),
+        TypeError, "weight must be float32; got int16",
+    ),
     "factors shape": (
         lambda: _core.group_lasso_grad(floats(4, 6), W, floats(4), 0.1, BLOCK, 1),
         ValueError, "factors must have one entry a block",
     ),
     "thresholds float64": (
-        lambda: _core.group_lasso_prox(floats(4, 6), np.ones((2, 2)), BLOCK, 1),
+        lambda: _core.group_lasso_prox(floats(4, 6), np.ones((2, 2)), 1.0, BLOCK, 1),
         TypeError, "thresholds must be float32",
     ),
     "prox read-only": (
-        lambda: _core.group_lasso_prox(frozen(floats(4, 6)), floats(2, 2), BLOCK, 1),
+        lambda: _core.group_lasso_prox(
+            frozen(floats(4, 6)), floats(2, 2), 1.0, BLOCK, 1
+        ),
         ValueError, "not writeable",
     ),
     "mask int": (

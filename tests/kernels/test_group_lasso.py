@@ -319,16 +319,148 @@ def test_in_place_operations_refuse_what_requires_grad(name: str) -> None:
 
 
 @in_place
-def test_in_place_operations_refuse_scattered_rows(name: str) -> None:
+@pytest.mark.parametrize("dtype", ops.TRAINED_DTYPES)
+def test_in_place_operations_change_any_layout(
+    isa: str, name: str, dtype: torch.dtype
+) -> None:
+    other = torch.randn(8, 6).to(dtype)
     for changed in (
-        torch.randn(6, 8).t(),
-        torch.randn(8, 12)[:, ::2],
-        torch.randn(1, 6).expand(8, 6),
+        torch.randn(6, 8).to(dtype).t(),
+        torch.randn(8, 12).to(dtype)[:, ::2],
+        torch.randn(12, 8).to(dtype).t()[:, 3:9],
     ):
+        expected = changed.contiguous()
+        IN_PLACE[name](expected, other)
+        version = changed._version
+        IN_PLACE[name](changed, other)
+        assert same_bits(changed, expected), isa
+        assert changed._version > version
+
+
+@in_place
+def test_in_place_operations_refuse_shared_elements(name: str) -> None:
+    for changed in (torch.randn(1, 6).expand(8, 6), torch.randn(8, 1).expand(8, 6)):
         before = changed.clone()
-        with pytest.raises(ValueError, match="contiguous rows"):
+        with pytest.raises(ValueError, match="elements share memory"):
             IN_PLACE[name](changed, torch.randn(8, 6))
         assert same_bits(changed, before)
+
+
+@grids
+@pytest.mark.parametrize("name", ["norms", "grad", "prox", "mask"])
+def test_bfloat16_is_float32_rounded_once(
+    isa: str, name: str, shape: Any, block_shape: Any
+) -> None:
+    for layout, values in weights(shape, block_shape).items():
+        weight = torch.empty_strided(shape, values.stride(), dtype=torch.bfloat16)
+        weight.copy_(values)
+        wide = weight.float()
+        grid = grid_shape(shape, block_shape)
+        factors = torch.rand(grid) + 0.1
+        grad = torch.randn(shape).bfloat16()
+        wide_grad = grad.float()
+        if name == "norms":
+            norms = ops.block_norms(weight, block_shape)
+            assert same_bits(norms, ops.block_norms(wide, block_shape)), (isa, layout)
+            continue
+        if name == "grad":
+            penalties = {
+                ops.group_lasso_grad_(grad, weight, factors, 0.37, block_shape),
+                ops.group_lasso_grad_(wide_grad, wide, factors, 0.37, block_shape),
+            }
+            assert len(penalties) == 1
+            weight, wide = grad, wide_grad
+        elif name == "prox":
+            for changed in (weight, wide):
+                ops.group_lasso_prox_(changed, factors, block_shape, step=0.5)
+        else:
+            for changed in (weight, wide):
+                ops.apply_block_mask_(changed, factors > 0.6, block_shape)
+        assert same_bits(weight, wide.bfloat16()), (isa, layout)
+
+
+def test_bfloat16_agrees_with_the_reference(isa: str) -> None:
+    for block_shape in ((8, 1), (1, 48), (4, 4), (1, 3), (1, 1)):
+        weight = torch.randn(16, 96).bfloat16()
+        factors = torch.rand(grid_shape((16, 96), block_shape))
+        grad = torch.randn(16, 96).bfloat16()
+        twin, before = grad.clone(), grad.clone()
+        penalty = ops.group_lasso_grad_(grad, weight, factors, 0.5, block_shape)
+        other = reference.group_lasso_grad_(twin, weight, factors, 0.5, block_shape)
+        assert penalty == pytest.approx(other, rel=1e-6)
+        # Sums that differ by rounding in float32 may round to neighbours here.
+        assert_within(grad, twin.double(), 2**-8 * (twin.abs() + before.abs()), isa)
+        assert float((grad != twin).double().mean()) < 0.01
+        assert not torch.equal(grad, before)
+        shrunk, twin = weight.clone(), weight.clone()
+        ops.group_lasso_prox_(shrunk, factors, block_shape, step=0.7)
+        reference.group_lasso_prox_(twin, factors, block_shape, step=0.7)
+        assert torch.equal(shrunk == 0, twin == 0)
+        assert_within(shrunk, twin.double(), 2**-8 * twin.abs() + 1e-6, isa)
+
+
+def test_bfloat16_rounds_to_nearest_even_and_keeps_what_is_special(isa: str) -> None:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32)
+    weight = bits.to(torch.int16).view(torch.bfloat16).view(256, 256)
+    weight = weight[weight.isfinite().all(1)].contiguous()
+    scale = torch.rand(weight.shape) + 0.5
+    grad = torch.zeros_like(weight)
+    ops.group_lasso_grad_(grad, weight.sign(), scale, 1.0, (1, 1))
+    zero = weight.sign() == 0
+    assert same_bits(grad, torch.where(zero, 0.0, scale * weight.sign()).bfloat16())
+    # Every value but the removed ones comes back as it was, with NaN and infinities.
+    special = torch.tensor([[torch.nan, -torch.inf, -0.0, 1e-40, -1e-40, 3e38, 1, 0]])
+    special = special.repeat(1, 8).bfloat16()
+    kept = special.clone()
+    mask = torch.ones(1, 64, dtype=torch.bool)
+    mask[0, ::9] = False
+    ops.apply_block_mask_(kept, mask, (1, 1))
+    assert same_bits(kept[mask], special[mask]), isa
+    assert same_bits(kept[~mask], torch.zeros_like(kept[~mask]))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_shapes(isa: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    r, c, rows, cols, gap = (
+        int(torch.randint(low, high, (), generator=generator))
+        for low, high in ((1, 41), (1, 41), (1, 6), (1, 120), (0, 4))
+    )
+    shape, block_shape = (rows * r, cols * c), (r, c)
+    store = torch.randn(shape[0], shape[1] + gap, generator=generator)
+    weight = store[:, : shape[1]]
+    weight *= torch.rand(shape, generator=generator) < 0.9
+    exact = reference.block_norms(weight.double(), block_shape)
+    norms = ops.block_norms(weight, block_shape)
+    assert_within(norms, exact, norm_bound(exact, block_shape), f"{isa} {shape}")
+    factors = torch.rand(exact.shape, generator=generator)
+    grad = torch.randn(shape, generator=generator)
+    expected = grad.double()
+    added = -expected.clone()
+    ops.group_lasso_grad_(grad, weight, factors, 0.4, block_shape)
+    reference.group_lasso_grad_(
+        expected, weight.double(), factors.double(), 0.4, block_shape
+    )
+    added += expected
+    bound = EPS * (expected.abs() + 2 * added.abs() + (expected - added).abs())
+    bound = bound + norm_bound(added.abs(), block_shape)
+    assert_within(grad, expected, bound, f"{isa} {shape} {block_shape}")
+    mask = factors > 0.5
+    masked = reference.apply_block_mask_(weight.clone(), mask, block_shape)
+    outside = store[:, shape[1] :].clone()
+    ops.apply_block_mask_(weight, mask, block_shape)
+    assert same_bits(weight, masked)
+    assert same_bits(store[:, shape[1] :], outside)
+
+
+def test_the_penalty_of_a_weight_on_itself_is_a_gradient_step(isa: str) -> None:
+    for block_shape in ((8, 1), (1, 96), (16, 4), (1, 1)):
+        for weight in (torch.randn(16, 96), torch.randn(96, 16).t()):
+            factors = torch.rand(grid_shape((16, 96), block_shape))
+            expected = weight.clone(memory_format=torch.contiguous_format)
+            ops.group_lasso_grad_(expected, weight.clone(), factors, -0.1, block_shape)
+            ops.group_lasso_grad_(weight, weight, factors, -0.1, block_shape)
+            assert same_bits(weight, expected), (isa, block_shape)
 
 
 def test_the_penalty_reads_any_layout_of_its_inputs(isa: str) -> None:
@@ -389,8 +521,22 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "norms float64": (
         lambda: ops.block_norms(WEIGHT.double(), (4, 1)), TypeError, "must be float32",
     ),
-    "norms bfloat16": (
-        lambda: ops.block_norms(WEIGHT.bfloat16(), (4, 1)), TypeError, "be float32",
+    "norms float16": (
+        lambda: ops.block_norms(WEIGHT.half(), (4, 1)),
+        TypeError, "must be float32 or bfloat16; got torch.float16",
+    ),
+    "grad bfloat16": (
+        lambda: ops.group_lasso_grad_(
+            WEIGHT.bfloat16(), WEIGHT, PER_BLOCK, 0.1, (4, 1)
+        ), TypeError, "grad must be float32; got torch.bfloat16",
+    ),
+    "prox float64": (
+        lambda: ops.group_lasso_prox_(WEIGHT.double(), PER_BLOCK, (4, 1)),
+        TypeError, "must be float32 or bfloat16",
+    ),
+    "masked float16": (
+        lambda: ops.apply_block_mask_(WEIGHT.half(), PER_BLOCK > 0, (4, 1)),
+        TypeError, "must be float32 or bfloat16",
     ),
     "norms 1d": (
         lambda: ops.block_norms(WEIGHT[0], (1, 1)), ValueError, "two dimensions",

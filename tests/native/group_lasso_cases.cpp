@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <numeric>
 
@@ -75,6 +76,7 @@ void GroupLassoCase::check(Report& report) const {
   check_grad(report);
   check_prox(report);
   check_mask(report);
+  check_bfloat16(report);
 }
 
 void GroupLassoCase::check_norms(Report& report) const {
@@ -141,9 +143,11 @@ void GroupLassoCase::check_prox(Report& report) const {
     thresholds.push_back(std::max(0.0f, scale) *
                          static_cast<float>(norms_[static_cast<size_t>(b)]) / 2.0f);
   }
+  std::vector<float> halves = thresholds;  // and a step of 2, which is exact
+  for (float& half : halves) half /= 2.0f;
   const std::vector<float> weight =
       on_threads(report, what, weight_, [&](float* to, int threads) {
-        pybsp::group_lasso_prox(to, thresholds.data(), grid_, threads);
+        pybsp::group_lasso_prox(to, halves.data(), 2.0f, grid_, threads);
       });
   std::vector<double> want(weight_.begin(), weight_.end()), bound(want.size(), 0.0);
   bool zeros = true;
@@ -180,13 +184,100 @@ void GroupLassoCase::check_mask(Report& report) const {
                    grid_.row_stride);
 }
 
+namespace {
+
+// To nearest, ties to even, by comparing the distances to both neighbours.
+pybsp::Bfloat16 to_bfloat16(float value) {
+  const auto widened = [](uint32_t upper) {
+    const uint32_t bits = upper << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof(wide));
+    return static_cast<double>(wide);
+  };
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t near = bits >> 16, far = near + 1;
+  const double wide = static_cast<double>(value);
+  const double to_near = std::fabs(wide - widened(near));
+  const double to_far = std::fabs(widened(far) - wide);
+  const bool go_on = to_far < to_near || (to_far == to_near && near % 2 == 1);
+  return {static_cast<uint16_t>(go_on ? far : near)};
+}
+
+float to_float(pybsp::Bfloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
+
+std::vector<pybsp::Bfloat16> to_bfloat16(const std::vector<float>& values) {
+  std::vector<pybsp::Bfloat16> narrow;
+  for (float value : values) narrow.push_back(to_bfloat16(value));
+  return narrow;
+}
+
+std::vector<float> to_float(const std::vector<pybsp::Bfloat16>& values) {
+  std::vector<float> wide;
+  for (pybsp::Bfloat16 value : values) wide.push_back(to_float(value));
+  return wide;
+}
+
+}  // namespace
+
+// What float computes from the same elements, rounded once.
+void GroupLassoCase::check_bfloat16(Report& report) const {
+  const std::vector<pybsp::Bfloat16> weight = to_bfloat16(weight_);
+  const std::vector<float> wide = to_float(weight);
+  const auto same = [&](const std::string& what, const std::vector<float>& want,
+                        const std::vector<pybsp::Bfloat16>& got) {
+    report.same_bits(what + " bfloat16 " + name_, to_float(to_bfloat16(want)).data(),
+                     to_float(got).data(), static_cast<int64_t>(want.size()),
+                     grid_.row_stride);
+  };
+  std::vector<float> norms(norms_.size()), wide_norms(norms_.size());
+  pybsp::block_norms(weight.data(), grid_, norms.data(), 2);
+  pybsp::block_norms(wide.data(), grid_, wide_norms.data(), 1);
+  report.same_bits("block_norms bfloat16 " + name_, norms.data(), wide_norms.data(),
+                   blocks(), grid_.grid_cols);
+
+  std::vector<pybsp::Bfloat16> grad = to_bfloat16(grad_);
+  std::vector<float> wide_grad = to_float(grad);
+  const double penalty = pybsp::group_lasso_grad(
+      grad.data(), grid_.row_stride, weight.data(), factors_.data(), 0.37f, grid_, 2);
+  const double wide_penalty =
+      pybsp::group_lasso_grad(wide_grad.data(), grid_.row_stride, wide.data(),
+                              factors_.data(), 0.37f, grid_, 1);
+  same("group_lasso_grad", wide_grad, grad);
+  report.require("group_lasso_grad bfloat16 " + name_ + ": penalty",
+                 penalty == wide_penalty);
+
+  std::vector<pybsp::Bfloat16> shrunk = weight;
+  std::vector<float> wide_shrunk = wide;
+  pybsp::group_lasso_prox(shrunk.data(), factors_.data(), 0.5f, grid_, 2);
+  pybsp::group_lasso_prox(wide_shrunk.data(), factors_.data(), 0.5f, grid_, 1);
+  same("group_lasso_prox", wide_shrunk, shrunk);
+
+  const auto mask = std::make_unique<bool[]>(static_cast<size_t>(blocks()));
+  for (int64_t b = 0; b < blocks(); ++b) {
+    mask[static_cast<size_t>(b)] = factors_[static_cast<size_t>(b)] > 1.0f;
+  }
+  std::vector<pybsp::Bfloat16> masked = weight;
+  std::vector<float> wide_masked = wide;
+  pybsp::apply_block_mask(masked.data(), mask.get(), grid_, 2);
+  pybsp::apply_block_mask(wide_masked.data(), mask.get(), grid_, 1);
+  same("apply_block_mask", wide_masked, masked);
+}
+
 void check_group_lasso(Report& report, bool quick) {
   Random random(7);
-  const GridShape shapes[] = {{12, 90, 8, 1, 0}, {6, 23, 16, 4, 3},  {17, 18, 4, 4, 0},
-                              {50, 8, 1, 12, 5}, {50, 2, 1, 48, 0},  {45, 24, 1, 4, 1},
-                              {7, 61, 12, 1, 0}, {15, 21, 5, 3, 2},  {3, 3, 32, 32, 0},
-                              {1, 1, 70, 33, 0}, {1, 1, 9, 197, 11}, {5, 1100, 2, 1, 0},
-                              {2, 400, 3, 7, 0}, {3, 2, 4, 515, 0},  {0, 4, 8, 1, 0}};
+  const GridShape shapes[] = {
+      {12, 90, 8, 1, 0}, {6, 23, 16, 4, 3},   {17, 18, 4, 4, 0},   {50, 8, 1, 12, 5},
+      {50, 2, 1, 48, 0}, {45, 24, 1, 4, 1},   {7, 61, 12, 1, 0},   {15, 21, 5, 3, 2},
+      {3, 3, 32, 32, 0}, {1, 1, 70, 33, 0},   {1, 1, 9, 197, 11},  {5, 1100, 2, 1, 0},
+      {2, 400, 3, 7, 0}, {3, 2, 4, 515, 0},   {0, 4, 8, 1, 0},     {3, 2500, 1, 1, 0},
+      {2, 41, 1, 1, 3},  {3, 701, 1, 4, 0},   {1, 150, 600, 1, 0}, {2, 530, 20, 8, 1},
+      {4, 83, 3, 2, 0},  {1, 2, 40, 1100, 0}, {2, 37, 2, 24, 0}};
   for (const GridShape& shape : shapes) {
     for (int repeat = 0; repeat < (quick ? 1 : 3); ++repeat) {
       GroupLassoCase(shape, random).check(report);

@@ -26,6 +26,7 @@ class GroupLassoCase {
   void check_grad(Report& report) const;
   void check_prox(Report& report) const;
   void check_mask(Report& report) const;
+  void check_bfloat16(Report& report) const;
 
   int64_t blocks() const { return grid_.grid_rows * grid_.grid_cols; }
   // body(index into the weight) for every element of a block.

@@ -533,3 +533,38 @@ def test_the_config_of_the_model_gets_the_record() -> None:
     assert record["modules"] == {"0": [1, 2], "2": [1, 4]}
     assert record["format"] == "dense"
     assert record["format_version"] == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "magnitude", "ramp": "cubic"}])
+def test_bfloat16_weights(settings: dict[str, Any]) -> None:
+    model = network().to(torch.bfloat16)
+    optimizer = adam(model)
+    pruner = BlockPruner(model, config(**settings), total_steps=STEPS).attach(optimizer)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        x = batch(step).bfloat16()
+        F.mse_loss(model(x), x.flip(1)).backward()
+        optimizer.step()
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    assert all(f.dtype == torch.float32 for f in pruner.regulariser.factors.values())
+    pruner.finalize()
+    assert abs(sum(removed_weights(pruner).values()) - 0.8 * 1024) <= 4
+
+
+def test_a_tied_weight_is_penalised_and_masked_once() -> None:
+    shared = nn.Linear(16, 16)
+    model = nn.Sequential(shared, nn.ReLU(), nn.Linear(16, 16))
+    model[2].weight = shared.weight
+    cfg = config(phases=(0, 19, 1), reg_lambda=0.5)
+    pruner = BlockPruner(model, cfg, total_steps=STEPS)
+    assert list(pruner.targets) == ["0"]
+    pruner.attach(torch.optim.SGD(model.parameters(), lr=1e-3))
+    model(batch(0)).square().sum().backward()
+    assert shared.weight.grad is not None
+    before, weight = shared.weight.grad.clone(), shared.weight.detach().clone()
+    pruner._before_step(torch.optim.SGD(model.parameters(), lr=1e-3))
+    norms = block_norms(weight, (8, 1))
+    unit = weight.view(2, 8, 16) / norms[:, None]
+    expected = 0.5 / (norms + 1e-3)[:, None] * unit
+    added = shared.weight.grad - before
+    torch.testing.assert_close(added, expected.view(16, 16), rtol=1e-4, atol=1e-5)

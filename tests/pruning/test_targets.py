@@ -139,8 +139,15 @@ def test_weights_that_are_not_finite_are_refused(value: float) -> None:
 
 
 def test_other_dtypes_and_meta_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"is torch\.bfloat16"):
-        names(small_model().to(torch.bfloat16))
+    for dtype in (torch.float16, torch.float64):
+        with pytest.raises(ValueError, match="float32 or bfloat16 weights"):
+            names(small_model().to(dtype))
+    narrow = small_model().to(torch.bfloat16)
+    assert names(narrow) == names(small_model())
+    assert names(narrow, method="magnitude", penalty="proximal") == names(narrow)
+    for penalty in ("proximal", "decoupled"):
+        with pytest.raises(ValueError, match="less than bfloat16 resolves"):
+            names(narrow, penalty=penalty)
     with pytest.raises(ValueError, match="meta device"):
         names(small_model().to("meta"))
 

@@ -81,3 +81,15 @@ def test_one_matrix_serves_every_isa() -> None:
             torch.testing.assert_close(y, x @ weight.t(), rtol=1e-4, atol=1e-4)
     finally:
         ops.set_active_isa(before)
+
+
+def test_read_bandwidth(isa: str) -> None:
+    fast, slow = ops.read_bandwidth(16 << 10), ops.read_bandwidth(64 << 20)
+    assert fast > slow > 1e8, isa
+    assert fast < 64 * 3 * 10e9  # three vectors a cycle at 10 GHz
+    for size in (0, -1, 4095):
+        with pytest.raises(ValueError, match="bytes must be at least 4096"):
+            ops.read_bandwidth(size)
+    with pytest.raises(TypeError):
+        ops.read_bandwidth(1e6)  # type: ignore[arg-type]
+    assert ops.read_bandwidth(4099) > 1e8
