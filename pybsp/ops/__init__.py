@@ -28,10 +28,13 @@ from .linear import (
 from .runtime import (
     active_isa,
     available_isas,
+    build_id,
     config,
+    cpu_name,
     fma_peak,
     set_active_isa,
     show_config,
+    token_tile,
 )
 from .training import (
     apply_block_mask_,
@@ -52,10 +55,12 @@ __all__ = [
     "block_norms",
     "block_sparse_linear",
     "block_sparse_linear_fields",
+    "build_id",
     "check_activation",
     "check_weight",
     "column_major_blocks",
     "config",
+    "cpu_name",
     "fma_peak",
     "group_lasso_grad_",
     "group_lasso_prox_",
@@ -63,4 +68,5 @@ __all__ = [
     "reweight",
     "set_active_isa",
     "show_config",
+    "token_tile",
 ]
