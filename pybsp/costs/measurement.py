@@ -2,7 +2,7 @@
 
 A time is that of the best of a few calls in a row: inputs and weights are as warm as a
 call leaves them for the next. On a shared machine the best is the time without
-neighbours; sweeps over all calls keep one busy second from spoiling every call of one.
+neighbours, the more so as the calls come in several sweeps over all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..reference import ACTIVATIONS
 from .terms import DENSE_TOKENS, Call
 
 #: Sizes of the layers measured for a fit; every block of BLOCKS divides them.
-SIZES = (256, 320, 328, 512, 640, 896, 1160, 1280, 2048, 2560, 3584, 5120)
+SIZES = (256, 320, 328, 512, 640, 896, 1160, 1280, 2048, 2048, 2560, 3584, 5120)
 #: Blocks, of each kind that has a term of its own; -8 stands for in/8.
 KINDS = (
     (1, 1), (2, 1), (4, 1), (4, 1), (8, 1), (8, 1), (16, 1), (16, 1), (32, 1),
@@ -31,7 +31,7 @@ KINDS = (
 )  # fmt: skip
 LEAST_DENSITY = 0.015
 #: Most multiply-adds of a measured call, and most weights of a measured layer.
-MOST_WORK = 100_000_000
+MOST_WORK = 60_000_000
 MOST_WEIGHTS = 4_800_000
 DENSE_SHAPES = (
     (256, 256), (256, 640), (640, 256), (320, 1280), (1280, 320), (512, 512),
@@ -39,56 +39,52 @@ DENSE_SHAPES = (
     (2048, 2048),
 )  # fmt: skip
 MOST_DENSE_WORK = 900_000_000
-#: Microseconds from which a call needs no repetition.
-LONG = 1000.0
 
 
 def best_times(
     calls: Sequence[Callable[[], object]],
-    sweeps: int = 3,
+    sweeps: int,
     seconds: float = float("inf"),
+    repeats: int = 4,
 ) -> list[float]:
-    """Best microseconds of each call in ``sweeps`` over all of them.
+    """Best microseconds of each call in ``sweeps`` over all, ``repeats`` in a row each.
 
-    A sweep makes a call three times and times the last two; one that takes over
-    ``LONG`` is timed once, and needs no other to warm up. No further sweep begins after
-    ``seconds``.
+    After other calls it takes about three until the caches hold what they will hold.
+    No further sweep begins after ``seconds``.
     """
     best = [float("inf")] * len(calls)
+    # In no order, so that a busy moment does not spoil all calls of a kind.
+    order = random.Random(0).sample(range(len(calls)), len(calls))
     started = time.perf_counter()
-    for sweep in range(sweeps):
-        for index, call in enumerate(calls):
-            # The first call of all allocates and is not counted.
-            repeats = 1 if best[index] > LONG and sweep else 3
-            for repeat in range(repeats):
+    for _ in range(sweeps):
+        for index in order:
+            call = calls[index]
+            for _ in range(repeats):
                 start = time.perf_counter_ns()
                 call()
                 elapsed = (time.perf_counter_ns() - start) / 1000
-                if repeat or repeats == 1:
-                    best[index] = min(best[index], elapsed)
-                    if elapsed > LONG:
-                        break
+                best[index] = min(best[index], elapsed)
         if time.perf_counter() - started > seconds:
             break
     return best
 
 
 class Layers:
-    """Runnable calls whose inputs and weights are parts of the same random numbers."""
+    """Runnable calls. All inputs lie in one piece of memory, all weights in another."""
 
     def __init__(self, seed: int = 0) -> None:
         self._generator = torch.Generator("cpu").manual_seed(seed)
-        self._numbers = self._normal(0)
+        self._numbers: dict[str, torch.Tensor] = {}
 
     def runnable(
         self, call: Call, activation: str | None = None
     ) -> Callable[[], object]:
         """The call as a function without arguments; with a bias."""
         out_features, in_features = call.shape
-        x = self._random(call.tokens, in_features)
-        bias = self._random(out_features)
+        x = self._random("input", call.tokens, in_features)
+        bias = self._random("bias", out_features)
         if call.blocks is None:
-            weight = self._random(out_features, in_features)
+            weight = self._random("weight", out_features, in_features)
             if activation is None:
                 return lambda: F.linear(x, weight, bias)
             apply: Callable[[torch.Tensor], torch.Tensor] = ACTIVATIONS[activation]
@@ -96,11 +92,12 @@ class Layers:
         matrix = self._matrix(call)
         return lambda: ops.block_sparse_linear(x, matrix, bias, activation)
 
-    def _random(self, *shape: int) -> torch.Tensor:
+    def _random(self, what: str, *shape: int) -> torch.Tensor:
         size = torch.Size(shape).numel()
-        if size > self._numbers.numel():
-            self._numbers = self._normal(size)
-        return self._numbers[:size].view(shape)
+        numbers = self._numbers.get(what)
+        if numbers is None or size > numbers.numel():
+            numbers = self._numbers[what] = self._normal(size)
+        return numbers[:size].view(shape)
 
     # Device and type are said: the caller's defaults may be others.
     def _normal(self, size: int) -> torch.Tensor:
@@ -119,7 +116,7 @@ class Layers:
         counts, cols = draw(grid, call.blocks)
         crow_indices = F.pad(counts.cumsum(0), (1, 0))
         height, width = call.block_shape
-        values = self._random(call.blocks, width, height).transpose(1, 2)
+        values = self._random("weight", call.blocks, width, height).transpose(1, 2)
         return BlockSparseMatrix(crow_indices, cols, values, call.shape)
 
     def _few_blocks(self, grid: tuple[int, int], kept: int) -> tuple[torch.Tensor, ...]:
@@ -163,8 +160,10 @@ def sparse_calls(lanes: int, max_vectors: int) -> list[Call]:
     vectors += [3 * max_vectors + 1, 5 * max_vectors + 2, 10 * max_vectors + 2]
     for number in vectors:
         # Whole vectors, and ragged ones.
-        for tokens in (lanes * number, lanes * number - lanes // 2):
-            calls += [_draw(draw, max(tokens, lanes), kind) for kind in KINDS]
+        tokens = (lanes * number, max(lanes * number - lanes // 2, lanes))
+        calls += [_draw(draw, tokens[i % 2], kind) for i, kind in enumerate(KINDS)]
+        if number <= max_vectors + 2:
+            calls += [_draw(draw, tokens[0], kind) for kind in KINDS]
     return calls
 
 
@@ -181,10 +180,10 @@ def _draw(draw: random.Random, tokens: int, kind: BlockShape) -> Call:
 
 
 def measure(
-    calls: Sequence[Call], sweeps: int = 3, seconds: float = 3.0
+    calls: Sequence[Call], sweeps: int, seconds: float, repeats: int = 4
 ) -> list[float]:
     """Best microseconds of each call, made of random numbers; see ``best_times``."""
     layers = Layers()
     with torch.inference_mode():
         runnable = [layers.runnable(call) for call in calls]
-        return best_times(runnable, sweeps, seconds)
+        return best_times(runnable, sweeps, seconds, repeats)

@@ -22,7 +22,7 @@ from ..blocks import BlockShape, grid_shape
 COLUMN_RUN = 8
 #: Outputs whose sums one pass over the inputs holds.
 TILE_ROWS = 8
-#: Fractions of a page, of which rows at equal distances share one set of the L1 cache.
+#: Bytes between addresses that share a set of the L1 cache.
 PAGE = 4096
 
 ROWS = (1, 2, 4, 8, 16, 32)
@@ -114,9 +114,9 @@ def steps(name: str, amount: float, value: float, points: Sequence[int]) -> Term
     return terms
 
 
-def aliasing(stride: int) -> float:
-    """1 where rows ``stride`` floats apart share a set of L1, near 0 where not."""
-    return math.gcd(4 * stride, PAGE) / PAGE
+def aliasing(stride: int) -> bool:
+    """Whether rows ``stride`` floats apart all fall into the same sets of L1."""
+    return 4 * stride % PAGE == 0
 
 
 def sparse_terms(call: Call, lanes: int, max_vectors: int) -> Terms:
