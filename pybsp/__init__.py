@@ -14,6 +14,7 @@ from .integrations import register_on_import as _register_on_import
 from .matrix import BlockSparseMatrix
 from .nn.pack import pack_
 from .nn.report import PackReport
+from .nn.suggest import BlockShapeReport, suggest_block_shape
 from .ops import block_sparse_linear, show_config
 from .pruning import (
     BlockPruner,
@@ -38,6 +39,7 @@ __all__ = [
     "BlockPruner",
     "BlockPruningCallback",
     "BlockPruningConfig",
+    "BlockShapeReport",
     "BlockSparseMatrix",
     "PackReport",
     "block_sparse_linear",
@@ -49,6 +51,7 @@ __all__ = [
     "reference",
     "save_packed",
     "show_config",
+    "suggest_block_shape",
 ]
 
 

@@ -19,11 +19,10 @@ PACKAGE = ROOT / "pybsp"
 PROMISED = {
     "BlockPruner", "BlockPruningCallback", "BlockPruningConfig", "BlockSparseMatrix",
     "block_sparse_linear", "nn", "ops", "pack_", "preserve_sparsity", "print_sparsity",
-    "reference", "save_packed", "show_config",
+    "reference", "save_packed", "show_config", "suggest_block_shape",
 }  # fmt: skip
 #: Sources whose tests are named after something else.
 TESTED_IN = {
-    "costs": "test_costs.py",
     "ops/linear": "test_ops.py",
     "ops/runtime": "runtime/test_isa.py",
     "ops/training": "kernels/test_group_lasso.py",

@@ -179,10 +179,6 @@ void register_block_sparse_gemm(py::module_& module) {
              arg("tiles"), arg("threads"));
   module.def("tile_lanes",
              [](int64_t tokens) { return tile_lanes(tokens, variants(active_isa())); });
-  module.def("tile_sizes", [] {
-    const Variants& isa = variants(active_isa());
-    return std::make_pair(isa.lanes, isa.max_vectors);
-  });
   const auto address = [](uintptr_t at) { return reinterpret_cast<float*>(at); };
   module.def(
       "pack_tiles",

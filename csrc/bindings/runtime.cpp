@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <pybind11/stl.h>
 
+#include <utility>
+
 #include "bindings/module.h"
 #include "kernels/fma_peak.h"
 #include "kernels/read_bandwidth.h"
+#include "kernels/variants.h"
 #include "runtime/isa.h"
 #include "runtime/threads.h"
 
@@ -22,6 +25,10 @@ void register_runtime(py::module_& module) {
   module.def("fma_peak", &fma_peak, py::call_guard<py::gil_scoped_release>());
   module.def("read_bandwidth", &read_bandwidth, py::arg("bytes"),
              py::call_guard<py::gil_scoped_release>());
+  module.def("token_tile", [] {
+    const Variants& isa = variants(active_isa());
+    return std::make_pair(isa.lanes, isa.max_vectors);
+  });
   module.def("build_info", [] {
     py::dict info;
     info["version"] = PYBSP_VERSION;

@@ -224,9 +224,9 @@ def check_packed(folder: Path, findings: Findings) -> None:
 
 
 def expect_speed(findings: Findings, tokens: int) -> None:
-    """Time each kind of layer here, dense and packed, and say what holds it back."""
+    """What each layer takes here, dense and packed, and what holds it back."""
     from .. import ops
-    from ..costs import linear_cost
+    from ..costs import expected_cost
     from .timing import torch_threads
 
     dense = sparse = 0.0
@@ -235,7 +235,7 @@ def expect_speed(findings: Findings, tokens: int) -> None:
         for layer in findings.layers:
             shape = (layer["shape"][0], layer["shape"][1])
             block = (layer["block_shape"][0], layer["block_shape"][1])
-            cost = linear_cost(shape, block, layer["density"], tokens)
+            cost = expected_cost(shape, block, layer["density"], tokens)
             layer["gain"] = round(cost.gain, 3)
             dense += cost.dense_us
             sparse += min(cost.sparse_us, cost.dense_us)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from .. import ops
 
 PACKAGES = ("pybsp", "torch", "transformers", "tokenizers", "numpy", "onnxruntime")
 
@@ -18,7 +19,7 @@ def describe() -> dict[str, Any]:
     return {
         "versions": versions(),
         "platform": platform.platform(),
-        "cpu": cpu_name(),
+        "cpu": ops.cpu_name(),
         "cores": available_cores(),
         "isa": isa(),
         "threads": torch.get_num_threads(),
@@ -43,16 +44,6 @@ def version_line() -> str:
     return f"pybsp {found.get('pybsp', 'unknown')} ({rest}; isa {isa()})"
 
 
-def cpu_name() -> str:
-    """The processor's model name, as the system tells it."""
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -61,6 +52,4 @@ def available_cores() -> int:
 
 def isa() -> str:
     """The instruction set in use."""
-    from .. import ops
-
     return ops.active_isa()

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from ..blocks import BlockShapeSpec
-from ..costs import linear_cost
+from ..costs import expected_cost
 from .fuse import fuse_, unfuse_
 from .linear import BlockSparseLinear
 from .plan import LayerPlan, plan_packing
@@ -36,9 +36,10 @@ def pack_(
     dtype : of the packed weights; only ``"float32"``.
     fuse : compute the activation after a packed layer inside of it, where the
         architecture is known.
-    min_gain : a layer stays dense when the packed call, measured on this CPU, is not at
-        least this many times faster. 0 packs every layer with zero blocks unmeasured.
-    tokens : rows of the input for that measurement.
+    min_gain : a layer stays dense when the packed call would not be at least this many
+        times faster on this CPU, as ``pybsp.costs`` predicts it or, where it is close,
+        measures it. 0 packs every layer with zero blocks and asks for no times.
+    tokens : rows of the input for these times.
 
     Raises ``ValueError`` before anything is changed: no layer with zero blocks, weights
     that are not finite, not float32 or not on the CPU, or a wrong option.
@@ -98,7 +99,9 @@ def _decide(plan: LayerPlan, min_gain: float, tokens: int) -> LayerPlan:
     if plan.linear is None or not report.packed or min_gain == 0:
         return plan
     assert report.block_shape is not None
-    cost = linear_cost(report.shape, report.block_shape, report.density, tokens)
+    cost = expected_cost(
+        report.shape, report.block_shape, report.density, tokens, min_gain
+    )
     report = replace(report, dense_us=cost.dense_us, sparse_us=cost.sparse_us)
     if cost.gain < min_gain:
         reason = f"packed would run {cost.gain:.2f}x as fast here, below {min_gain:g}x"

@@ -26,11 +26,14 @@ from .linear import (
 from .runtime import (
     active_isa,
     available_isas,
+    build_id,
     config,
+    cpu_name,
     fma_peak,
     read_bandwidth,
     set_active_isa,
     show_config,
+    token_tile,
 )
 from .tiles import (
     TokenTiles,
@@ -63,10 +66,12 @@ __all__ = [
     "block_sparse_linear_fields",
     "block_sparse_linear_tiles",
     "block_sparse_linears",
+    "build_id",
     "check_activation",
     "check_weight",
     "column_major_blocks",
     "config",
+    "cpu_name",
     "fma_peak",
     "group_lasso_grad_",
     "group_lasso_prox_",
@@ -76,5 +81,6 @@ __all__ = [
     "reweight",
     "set_active_isa",
     "show_config",
+    "token_tile",
     "unpack_tokens",
 ]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import operator
+import platform
+from pathlib import Path
 
 import torch
 
@@ -13,6 +17,8 @@ active_isa = _core.active_isa
 available_isas = _core.available_isas
 #: Operations a second of one thread on registers alone, two for each multiply-add.
 fma_peak = _core.fma_peak
+#: Tokens in a vector and vectors in the widest tile, of the instruction set in use.
+token_tile = _core.token_tile
 
 # Fails at import, not in the first layer, when PYBSP_ISA names what cannot run.
 active_isa()
@@ -30,6 +36,24 @@ def read_bandwidth(bytes: int) -> float:
             f"bytes must be at least 4096, or calls would be measured; got {bytes}"
         )
     return _core.read_bandwidth(bytes)
+
+
+@functools.cache
+def build_id() -> str:
+    """A hash of the compiled module: another build has another one."""
+    content = Path(_core.__file__).read_bytes()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The processor's model name, as the system tells it."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def show_config() -> None:

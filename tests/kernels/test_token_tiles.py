@@ -34,7 +34,7 @@ def test_packing_and_back_keeps_every_bit(isa: str, features: int) -> None:
 
 
 def test_a_tile_holds_tokens_in_lanes(isa: str) -> None:
-    lanes, vectors = ops.tiles._core.tile_sizes()
+    lanes, vectors = ops.token_tile()
     width = lanes * vectors
     x = torch.arange(width * 6.0).view(width, 6)
     data = ops.pack_tokens(x).data

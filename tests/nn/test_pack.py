@@ -68,11 +68,11 @@ def test_report():
 def test_stays_dense_where_packed_would_not_be_faster(monkeypatch):
     asked = []
 
-    def cost(shape, block_shape, density, tokens):
-        asked.append((shape, block_shape, density, tokens))
+    def cost(shape, block_shape, density, tokens, threshold):
+        asked.append((shape, block_shape, density, tokens, threshold))
         return Cost(100.0, 50.0) if shape == (64, 32) else Cost(100.0, 80.0)
 
-    monkeypatch.setattr(pack, "linear_cost", cost)
+    monkeypatch.setattr(pack, "expected_cost", cost)
     model = small_model()
     report = pack_(model, min_gain=1.5, tokens=7)
     assert isinstance(model[0], BlockSparseLinear)
@@ -80,12 +80,12 @@ def test_stays_dense_where_packed_would_not_be_faster(monkeypatch):
     assert [layer.gain for layer in report.layers] == [2.0, 1.25, None]
     assert "1.25x" in report.layers[1].reason
     assert "below 1.5x" in report.layers[1].reason
-    assert [entry[3] for entry in asked] == [7, 7]
+    assert [entry[3:] for entry in asked] == [(7, 1.5), (7, 1.5)]
     assert asked[0][2] == model[0].density
 
 
 def test_no_gain_anywhere_is_a_result_and_no_error(monkeypatch):
-    monkeypatch.setattr(pack, "linear_cost", lambda *_: Cost(1.0, 2.0))
+    monkeypatch.setattr(pack, "expected_cost", lambda *_: Cost(1.0, 2.0))
     model = small_model()
     assert pack_(model).packed == ()
     assert type(model[0]) is nn.Linear
@@ -232,7 +232,7 @@ def test_unpack_restores_the_model():
     assert pack_(model, min_gain=0).layers[0].block_shape == (8, 1)
 
 
-def test_measured_decision_on_this_cpu():
+def test_decision_for_this_cpu():
     torch.manual_seed(0)
     model = nn.Sequential(
         prune(nn.Linear(256, 512), (8, 1), 0.05),
