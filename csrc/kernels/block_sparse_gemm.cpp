@@ -27,6 +27,32 @@ int64_t kept_weights(const BlockSparseView& weight) {
 // Tokens that multiply_few_tokens takes in less time than a vector of tokens takes.
 int64_t few_tokens_limit(const Variants& isa) { return std::min(4, isa.lanes / 2); }
 
+// How the threads share the tiles: `groups` of them take other tokens, and the `teams`
+// of each group other parts of the matrices. Every thread transposes the inputs it
+// reads, so that none waits for lines in the cache of another core.
+struct Split {
+  int64_t groups;
+  int64_t teams;
+};
+
+Split split_threads(int64_t vectors, int threads) {
+  // Two vectors a thread: one alone has too few sums to keep the FMA units busy.
+  int64_t groups = std::clamp<int64_t>(vectors / 2, 1, threads);
+  while (threads % groups != 0) --groups;
+  return {groups, threads / groups};
+}
+
+// Fetches into L2 the lines of y that are written after the multiplication: y is large
+// and its lines would otherwise be waited for one store after the other.
+void prefetch_rows(const float* y, int64_t tokens, int64_t rows, int64_t stride) {
+  constexpr int64_t kLine = 16;
+  for (int64_t token = 0; token < tokens; ++token) {
+    for (int64_t row = 0; row < rows; row += kLine) {
+      __builtin_prefetch(y + token * stride + row, 0, 2);
+    }
+  }
+}
+
 // A part of a product's schedule and its cost in multiply-adds of one token.
 struct Part {
   const Product* product;
@@ -78,12 +104,12 @@ class Multiplication {
 
  private:
   void few_tokens(const float* x, int64_t first_token);
-  void in_groups(const float* x, int64_t tokens);
-  void pack(const TokenTile* tiles, int64_t num_tiles, const float* x, float* x_tiles);
-  template <typename Body>
-  void for_each_part(const TokenTile* tiles, int64_t num_tiles, Body body);
+  void in_tiles(const float* x, int64_t tokens);
+  void multiply_group(const std::vector<TokenTile>& tiles, Range parts, const float* x,
+                      float* x_tiles, int64_t held, float* y_tile) const;
   void multiply(const Part& part, int vectors, const float* x_tile,
                 float* y_tile) const;
+  Range parts_of(int64_t team, int64_t teams) const;
   int64_t max_part_rows() const;
 
   const Product* products_;
@@ -96,10 +122,9 @@ class Multiplication {
 };
 
 void Multiplication::run(const float* x) {
-  const int64_t width = int64_t{isa_.lanes} * isa_.max_vectors;
-  const int64_t rest = tokens_ % width;
+  const int64_t rest = tokens_ % isa_.lanes;
   const int64_t few = rest <= few_tokens_limit(isa_) ? rest : 0;
-  if (tokens_ > few) in_groups(x, tokens_ - few);
+  if (tokens_ > few) in_tiles(x, tokens_ - few);
   if (few > 0) few_tokens(x + (tokens_ - few) * in_, tokens_ - few);
 }
 
@@ -140,57 +165,114 @@ void Multiplication::few_tokens(const float* x, int64_t first_token) {
   }
 }
 
-// The first `tokens` tokens, in tiles: groups whose transposed inputs share L2 with the
-// part of the weights that passes over them.
-void Multiplication::in_groups(const float* x, int64_t tokens) {
+// The first `tokens` tokens, in tiles.
+void Multiplication::in_tiles(const float* x, int64_t tokens) {
   parts_ = list_parts(products_, count_);
-  const std::vector<TokenTile> tiles = split_tokens(tokens, isa_);
-  const int64_t all = static_cast<int64_t>(tiles.size());
   const int64_t width = int64_t{isa_.lanes} * isa_.max_vectors;
+  const int64_t vectors = (tokens + isa_.lanes - 1) / isa_.lanes;
+  const Split split = split_threads(vectors, threads_);
+  // So many tiles of inputs share L2 with the part of the weights that passes over
+  // them.
   const int64_t fit = l2_cache_bytes() / 3 / (in_ * width * int64_t{sizeof(float)});
-  const int64_t held = std::min(all, std::max<int64_t>(fit, threads_));
-  const int64_t y_floats = max_part_rows() * width;
-  float* const x_tiles = scratch_floats(held * in_ * width + threads_ * y_floats);
-  float* const y_tiles = x_tiles + held * in_ * width;
-  for (int64_t first = 0; first < all; first += held) {
-    const TokenTile* const group = tiles.data() + first;
-    const int64_t num_tiles = std::min(held, all - first);
-    pack(group, num_tiles, x, x_tiles);
-    for_each_part(
-        group, num_tiles, [&](const Part& part, const TokenTile& tile, int thread) {
-          const BlockSparseView& weight = part.product->weight;
-          const Epilogue& epilogue = part.product->epilogue;
-          float* const y_tile = y_tiles + thread * y_floats;
-          multiply(part, tile.vectors, x_tiles + (tile.slot - group->slot) * in_,
-                   y_tile);
-          const int64_t row = part.first_row * weight.block_rows;
-          const int64_t rows = (part.last_row - part.first_row) * weight.block_rows;
-          const int64_t at = tile.first * weight.out_features + row;
-          isa_.unpack_tokens(y_tile, rows, tile.tokens, tile.vectors,
-                             epilogue.activation,
-                             epilogue.residual ? epilogue.residual + at : nullptr,
-                             part.product->y + at, weight.out_features);
-        });
+  const int64_t most = (vectors + split.groups - 1) / split.groups;
+  const int64_t held =
+      std::clamp<int64_t>(fit, 1, (most + isa_.max_vectors - 1) / isa_.max_vectors);
+  const int64_t x_floats = (held * in_ * width + 15) / 16 * 16;
+  const int64_t y_floats = (max_part_rows() * width + 15) / 16 * 16;
+  const int64_t floats = x_floats + y_floats;
+  float* const scratch = scratch_floats(threads_ * floats);
+  parallel(threads_, [&](int thread, int count) {
+    // The threads asked for need not be those that are given.
+    for (int64_t share = thread; share < threads_; share += count) {
+      const int64_t group = share % split.groups;
+      const int64_t first = vectors * group / split.groups * isa_.lanes;
+      const int64_t last =
+          std::min(tokens, vectors * (group + 1) / split.groups * isa_.lanes);
+      std::vector<TokenTile> tiles = split_tokens(last - first, isa_);
+      for (TokenTile& tile : tiles) tile.first += first;
+      float* const mine = scratch + thread * floats;
+      multiply_group(tiles, parts_of(share / split.groups, split.teams), x, mine, held,
+                     mine + x_floats);
+    }
+  });
+}
+
+// `parts` for all `tiles`, `held` of them at a time.
+void Multiplication::multiply_group(const std::vector<TokenTile>& tiles, Range parts,
+                                    const float* x, float* x_tiles, int64_t held,
+                                    float* y_tile) const {
+  const int64_t all = static_cast<int64_t>(tiles.size());
+  for (int64_t begin = 0; begin < all; begin += held) {
+    const int64_t end = std::min(all, begin + held);
+    const auto x_tile = [&](const TokenTile& tile) {
+      return x_tiles + (tile.slot - tiles[static_cast<size_t>(begin)].slot) * in_;
+    };
+    for (int64_t i = begin; i < end; ++i) {
+      const TokenTile& tile = tiles[static_cast<size_t>(i)];
+      isa_.pack_tokens(x + tile.first * in_, in_, tile.tokens, 0, in_, tile.vectors,
+                       x_tile(tile));
+    }
+    for (int64_t p = parts.first; p < parts.last; ++p) {
+      const Part& part = parts_[static_cast<size_t>(p)];
+      const BlockSparseView& weight = part.product->weight;
+      const Epilogue& epilogue = part.product->epilogue;
+      const int64_t row = part.first_row * weight.block_rows;
+      const int64_t rows = (part.last_row - part.first_row) * weight.block_rows;
+      for (int64_t i = begin; i < end; ++i) {
+        const TokenTile& tile = tiles[static_cast<size_t>(i)];
+        const int64_t at = tile.first * weight.out_features + row;
+        prefetch_rows(part.product->y + at, tile.tokens, rows, weight.out_features);
+        multiply(part, tile.vectors, x_tile(tile), y_tile);
+        isa_.unpack_tokens(y_tile, rows, tile.tokens, tile.vectors, epilogue.activation,
+                           epilogue.residual ? epilogue.residual + at : nullptr,
+                           part.product->y + at, weight.out_features);
+      }
+    }
   }
 }
 
 void Multiplication::run_tiles(const float* x_tiles) {
   parts_ = list_parts(products_, count_);
   const std::vector<TokenTile> tiles = split_tokens(tokens_, isa_);
-  for_each_part(tiles.data(), static_cast<int64_t>(tiles.size()),
-                [&](const Part& part, const TokenTile& tile, int) {
-                  const BlockSparseView& weight = part.product->weight;
-                  const Epilogue& epilogue = part.product->epilogue;
-                  const int64_t width = int64_t{tile.vectors} * isa_.lanes;
-                  const int64_t rows =
-                      (part.last_row - part.first_row) * weight.block_rows;
-                  const int64_t at = tile.slot * weight.out_features +
-                                     part.first_row * weight.block_rows * width;
-                  float* const y = part.product->y + at;
-                  multiply(part, tile.vectors, x_tiles + tile.slot * in_, y);
-                  isa_.finish(y, rows * width, epilogue.activation,
-                              epilogue.residual ? epilogue.residual + at : nullptr);
-                });
+  const Split split = split_threads(2 * static_cast<int64_t>(tiles.size()), threads_);
+  parallel(threads_, [&](int thread, int count) {
+    for (int64_t share = thread; share < threads_; share += count) {
+      const Range mine = pybsp::share(static_cast<int64_t>(tiles.size()),
+                                      static_cast<int>(share % split.groups),
+                                      static_cast<int>(split.groups));
+      const Range parts = parts_of(share / split.groups, split.teams);
+      for (int64_t p = parts.first; p < parts.last; ++p) {
+        const Part& part = parts_[static_cast<size_t>(p)];
+        const BlockSparseView& weight = part.product->weight;
+        const Epilogue& epilogue = part.product->epilogue;
+        const int64_t row = part.first_row * weight.block_rows;
+        const int64_t rows = (part.last_row - part.first_row) * weight.block_rows;
+        for (int64_t i = mine.first; i < mine.last; ++i) {
+          const TokenTile& tile = tiles[static_cast<size_t>(i)];
+          const int64_t width = int64_t{tile.vectors} * isa_.lanes;
+          const int64_t at = tile.slot * weight.out_features + row * width;
+          float* const y = part.product->y + at;
+          multiply(part, tile.vectors, x_tiles + tile.slot * in_, y);
+          isa_.finish(y, rows * width, epilogue.activation,
+                      epilogue.residual ? epilogue.residual + at : nullptr);
+        }
+      }
+    }
+  });
+}
+
+// The parts in whose middle the share of the cost of this team lies.
+Range Multiplication::parts_of(int64_t team, int64_t teams) const {
+  const int64_t total = parts_.back().cost_before + parts_.back().cost;
+  const auto owner = [&](const Part& part) {
+    return (2 * part.cost_before + part.cost) * teams / (2 * total);
+  };
+  Range range{0, 0};
+  for (const Part& part : parts_) {
+    range.first += owner(part) < team;
+    range.last += owner(part) <= team;
+  }
+  return range;
 }
 
 int64_t Multiplication::max_part_rows() const {
@@ -200,42 +282,6 @@ int64_t Multiplication::max_part_rows() const {
                     (part.last_row - part.first_row) * part.product->weight.block_rows);
   }
   return rows;
-}
-
-void Multiplication::pack(const TokenTile* tiles, int64_t num_tiles, const float* x,
-                          float* x_tiles) {
-  // Features in steps of whole transposed squares, so that threads share a tile.
-  const int64_t steps = (in_ + isa_.lanes - 1) / isa_.lanes;
-  parallel(threads_, [&](int thread, int count) {
-    const Range range = share(num_tiles * steps, thread, count);
-    for (int64_t i = range.first; i < range.last;) {
-      const TokenTile& tile = tiles[i / steps];
-      const int64_t begin = i / steps * steps;
-      const int64_t end = std::min(range.last, begin + steps);
-      isa_.pack_tokens(x + tile.first * in_, in_, tile.tokens, (i - begin) * isa_.lanes,
-                       std::min(in_, (end - begin) * isa_.lanes), tile.vectors,
-                       x_tiles + (tile.slot - tiles->slot) * in_);
-      i = end;
-    }
-  });
-}
-
-// body(part, tile, thread) for each pair, on the thread in whose share of the whole
-// cost the middle of its own lies; a part meets its tiles one after the other.
-template <typename Body>
-void Multiplication::for_each_part(const TokenTile* tiles, int64_t num_tiles,
-                                   Body body) {
-  const int64_t total = parts_.back().cost_before + parts_.back().cost;
-  parallel(threads_, [&](int thread, int count) {
-    for (const Part& part : parts_) {
-      for (int64_t i = 0; i < num_tiles; ++i) {
-        const int64_t middle =
-            2 * (part.cost_before * num_tiles + i * part.cost) + part.cost;
-        if (middle * count / (2 * total * num_tiles) != thread) continue;
-        body(part, tiles[i], thread);
-      }
-    }
-  });
 }
 
 void Multiplication::multiply(const Part& part, int vectors, const float* x_tile,

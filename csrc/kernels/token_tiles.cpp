@@ -11,15 +11,15 @@ namespace pybsp {
 
 std::vector<TokenTile> split_tokens(int64_t tokens, const Variants& isa) {
   std::vector<TokenTile> tiles;
-  int64_t slot = 0;
-  for (int64_t first = 0; first < tokens;) {
-    const int64_t left = tokens - first;
-    const int64_t vectors =
-        std::min<int64_t>((left + isa.lanes - 1) / isa.lanes, isa.max_vectors);
-    const int64_t count = std::min<int64_t>(vectors * isa.lanes, left);
-    tiles.push_back({first, count, static_cast<int>(vectors), slot});
+  int64_t vectors = (tokens + isa.lanes - 1) / isa.lanes, slot = 0;
+  int64_t left = (vectors + isa.max_vectors - 1) / isa.max_vectors;
+  for (int64_t first = 0; first < tokens; --left) {
+    const int64_t width = (vectors + left - 1) / left;
+    const int64_t count = std::min<int64_t>(width * isa.lanes, tokens - first);
+    tiles.push_back({first, count, static_cast<int>(width), slot});
     first += count;
-    slot += vectors * isa.lanes;
+    slot += width * isa.lanes;
+    vectors -= width;
   }
   return tiles;
 }
