@@ -17,17 +17,15 @@ struct PartLimits {
 };
 
 // At least 16 parts where the matrix allows it, so that a few threads balance. By
-// column four, and enough blocks that every block column has two full tiles of them:
-// a tile of few rows loads its inputs for few multiply-adds.
+// column, enough blocks that every block column has four full tiles of them, because a
+// tile of few rows loads its inputs for few multiply-adds, and few enough that the sums
+// of the part stay near.
 PartLimits part_limits(const BlockSparseView& view, bool by_column) {
   const int64_t block_size = view.block_rows * view.block_cols;
   const int64_t grid_rows = view.out_features / view.block_rows;
   const int64_t total = view.crow_indices[grid_rows] * block_size;
-  if (!by_column) return {std::clamp<int64_t>(total / 16, 2048, 16384), 128};
-  const int64_t two_tiles = 2 * kTileRows * view.in_features;
-  return {
-      std::clamp<int64_t>(total / 4, two_tiles, std::max<int64_t>(two_tiles, 65536)),
-      1024};
+  if (by_column) return {4 * kTileRows * view.in_features, 1024};
+  return {std::clamp<int64_t>(total / 16, 2048, 16384), 128};
 }
 
 std::vector<int32_t> split_rows(const BlockSparseView& view, PartLimits limits) {
