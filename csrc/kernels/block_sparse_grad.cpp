@@ -23,6 +23,9 @@ constexpr int64_t kGroupFloats = 512 * 1024;
 constexpr int64_t kPanelTokens = 768;
 // The features of each input that meet are chunks of 1 MB: both stay in L2.
 constexpr int64_t kChunkFloats = 256 * 1024;
+// Features transposed for a whole panel before the next: each is a page of its own, and
+// so many are found again without a walk of the page tables.
+constexpr int64_t kPackFeatures = 128;
 // Multiply-adds under which a second thread would start later than one finishes.
 constexpr int64_t kSerialWork = 500'000;
 
@@ -245,9 +248,13 @@ GradValues::Panel GradValues::panel(int64_t first, int64_t tokens) const {
 // Transposes features [first, last). Lanes past the last token are zero.
 void GradValues::pack(const Side& side, const Panel& panel, int64_t first, int64_t last,
                       float* tile) const {
-  isa_.pack_tokens(side.from + panel.first_token * side.features + first, side.features,
-                   panel.tokens, 0, last - first,
-                   static_cast<int>(panel.width / isa_.lanes), tile);
+  for (int64_t begin = first; begin < last; begin += kPackFeatures) {
+    isa_.pack_tokens(side.from + panel.first_token * side.features + begin,
+                     side.features, panel.tokens, 0,
+                     std::min(kPackFeatures, last - begin),
+                     static_cast<int>(panel.width / isa_.lanes),
+                     tile + (begin - first) * panel.width);
+  }
   for (int64_t feature = 0; feature < last - first; ++feature) {
     std::fill(tile + feature * panel.width + panel.tokens,
               tile + (feature + 1) * panel.width, 0.0f);
