@@ -1,4 +1,4 @@
-"""A training step of a pruned all-MiniLM-L6-v2: masked dense layers against packed ones.
+"""A training step of a pruned all-MiniLM-L6-v2: masked dense layers against packed.
 
 The same step on the same batch (forward, backward, AdamW): once as the pruner's masked
 retrain phase runs it, once with `packed_retraining`. Both take turns in one process.

@@ -24,6 +24,8 @@ PROMISED = {
 #: Sources whose tests are named after something else.
 TESTED_IN = {
     "costs": "test_costs.py",
+    "ops/fields": "test_ops.py",
+    "ops/gradients": "kernels/test_block_sparse_grad.py",
     "ops/linear": "test_ops.py",
     "ops/runtime": "runtime/test_isa.py",
     "ops/training": "kernels/test_group_lasso.py",

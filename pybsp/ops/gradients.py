@@ -1,7 +1,7 @@
 """The gradients of the block-sparse product, at the kept blocks only.
 
-With ``y = x W^T``, ``dx = dy W`` and ``dW_b = (dy^T x)_b``: as operators for compile and
-double backward, and as direct calls on a bound pattern for the eager backward. All
+With ``y = x W^T``, ``dx = dy W`` and ``dW_b = (dy^T x)_b``: as operators for compile
+and double backward, and as direct calls on a bound pattern for the eager backward. All
 second derivatives are these three operators again.
 """
 
@@ -13,7 +13,6 @@ import torch
 
 from .. import reference
 from .fields import bind_pattern, column_major_blocks
-
 
 
 def gradients(
@@ -31,7 +30,7 @@ def gradients(
     With a ``pattern`` the native calls are made directly, without it through the
     operators.
     """
-    product = _Native(pattern) if pattern is not None else torch.ops.pybsp
+    product: Any = torch.ops.pybsp if pattern is None else _Native(pattern)
     if torch._C._functorch.is_legacy_batchedtensor(grad):
         product = _Reference  # is_grads_batched, for which native products have no rule
     elif pattern is not None:
