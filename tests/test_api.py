@@ -23,8 +23,11 @@ PROMISED = {
 }  # fmt: skip
 #: Sources whose tests are named after something else.
 TESTED_IN = {
+    "ops/fields": "test_ops.py",
+    "ops/gradients": "kernels/test_block_sparse_grad.py",
     "ops/linear": "test_ops.py",
     "ops/runtime": "runtime/test_isa.py",
+    "ops/tiles": "kernels/test_token_tiles.py",
     "ops/training": "kernels/test_group_lasso.py",
 }
 

@@ -343,3 +343,63 @@ def test_those_who_expect_operators_see_one() -> None:
     # A tangent that silently vanishes would be worse.
     with forward_ad.dual_level(), pytest.raises(ValueError, match="forward-mode"):
         ops.block_sparse_linear(forward_ad.make_dual(x, x), W)
+
+
+@pytest.mark.parametrize("block_shape", BLOCKS, ids=str)
+def test_all_second_derivatives(block_shape: Any) -> None:
+    W = matrix(block_shape)
+    fields = (W.crow_indices, W.col_indices)
+
+    def twice(product: Any, x: Any, values: Any) -> list[torch.Tensor]:
+        x, values = x.clone().requires_grad_(), values.clone().requires_grad_()
+        y = product(x, values)
+        first = torch.autograd.grad(y.pow(3).sum(), (x, values), create_graph=True)
+        total = sum(g.square().sum() for g in first)
+        return list(torch.autograd.grad(total, (x, values)))
+
+    def sparse(x: Any, values: Any) -> Any:
+        return ops.block_sparse_linear(x, BlockSparseMatrix(*fields, values, W.shape))
+
+    def dense(x: Any, values: Any) -> Any:
+        return reference.block_sparse_linear(x, *fields, values, W.shape)
+
+    x = torch.randn(2, 3, 18)
+    found = twice(sparse, x, W.values)
+    expected = twice(dense, x.double(), W.values.double())
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4 * b.abs().max())
+
+
+def test_opcheck_of_the_gradients() -> None:
+    W = matrix((4, 3))
+    x, dy = torch.randn(2, 5, 18), torch.randn(2, 5, 24)
+    fields = (W.crow_indices, W.col_indices)
+    dy.requires_grad_()
+    torch.library.opcheck(
+        torch.ops.pybsp.block_sparse_grad_x,
+        (dy, W.values.clone().requires_grad_(), *fields, 18),
+    )
+    torch.library.opcheck(
+        torch.ops.pybsp.block_sparse_grad_values,
+        (dy, x.requires_grad_(), *fields, 4, 3),
+    )
+
+
+def test_batched_gradients() -> None:
+    W, x = matrix(), torch.randn(4, 18, requires_grad=True)
+    y = ops.block_sparse_linear(x, W)
+    seeds = torch.randn(3, 4, 24)
+    (batched,) = torch.autograd.grad(
+        y, x, seeds, is_grads_batched=True, retain_graph=True
+    )
+    for seed, dx in zip(seeds, batched, strict=True):
+        (expected,) = torch.autograd.grad(y, x, seed, retain_graph=True)
+        torch.testing.assert_close(dx, expected)
+
+
+def test_the_gradient_of_values_lies_as_they_do() -> None:
+    W, x = matrix((4, 3)), torch.randn(5, 18)
+    W.values.requires_grad_()
+    ops.block_sparse_linear(x, W).sum().backward()
+    assert W.values.grad is not None
+    assert W.values.grad.stride() == W.values.stride() == (12, 1, 4)

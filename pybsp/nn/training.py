@@ -104,7 +104,7 @@ class PackedTraining:
             linear.weight.copy_(packed.weight)
             linear.weight.requires_grad_(packed.weight_values.requires_grad)
             if packed.bias is not linear.bias:
-                linear.bias = packed.bias
+                linear.bias = packed.bias  # type: ignore[assignment]
             linear.pybsp_block_shape = entry.block_shape  # type: ignore[assignment]
             linear.train(packed.training)
             self._model.set_submodule(entry.name, linear)
@@ -153,10 +153,11 @@ def pack_for_training_(
     """Replace, in place, every ``nn.Linear`` with zero blocks that ``optimizer`` trains
     by a packed layer whose kept blocks train on.
 
-    Zero blocks stay zero, as under ``preserve_sparsity``, and cost nothing. The handle
-    that is returned gives the dense layers back. Clipping by norm sees the gradients of
-    the kept blocks only. Code that took the list of parameters before (and not, as most
-    loops do, in every step) still holds the dense weights: take it again.
+    Zero blocks stay zero, as under ``preserve_sparsity``, and cost nothing. A layer
+    that ``pack_`` would leave dense is left as it is. The handle that is returned gives
+    the dense layers back. Clipping by norm sees the gradients of the kept blocks only.
+    Code that took the list of parameters before (and not, as most loops do, in every
+    step) still holds the dense weights: take it again.
 
     Parameters
     ----------
@@ -231,12 +232,15 @@ def check_model(model: nn.Module) -> None:
             " pack the model before it is wrapped, or train with masks"
         )
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        if distributed.get_world_size() > 1:
-            raise ValueError(
-                "packed training runs in one process; this is one of "
-                f"{distributed.get_world_size()}: train with masks instead"
-            )
+    if (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    ):
+        raise ValueError(
+            "packed training runs in one process; this is one of "
+            f"{distributed.get_world_size()}: train with masks instead"
+        )
 
 
 def check_layers(model: nn.Module, names: list[str]) -> None:
@@ -264,15 +268,16 @@ def check_layers(model: nn.Module, names: list[str]) -> None:
             )
 
 
-def _check_state(optimizer: Optimizer, name: str, weight: nn.Parameter) -> None:
+def _check_state(optimizer: Optimizer, name: str, weight: torch.Tensor) -> None:
     for key, value in optimizer.state.get(weight, {}).items():
-        if isinstance(value, torch.Tensor) and value.numel() > 1:
-            if value.shape != weight.shape:
-                raise ValueError(
-                    f"the optimizer's {key} of '{name}' has shape "
-                    f"{tuple(value.shape)} and the weight {tuple(weight.shape)}; only "
-                    "state of the weight's own shape can be packed: train with masks"
-                )
+        if not isinstance(value, torch.Tensor) or value.numel() <= 1:
+            continue
+        if value.shape != weight.shape:
+            raise ValueError(
+                f"the optimizer's {key} of '{name}' has shape {tuple(value.shape)} and "
+                f"the weight {tuple(weight.shape)}; only state of the weight's own "
+                "shape can be packed: train with masks"
+            )
 
 
 def _kept_blocks(matrix: BlockSparseMatrix) -> torch.Tensor:
@@ -286,7 +291,7 @@ def _kept_blocks(matrix: BlockSparseMatrix) -> torch.Tensor:
 
 
 def _move(
-    optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, change: Any
+    optimizer: Optimizer, old: torch.Tensor, new: torch.Tensor, change: Any
 ) -> None:
     """Let ``new`` take the place of ``old``, with its gradient and state changed."""
     for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""The tensors of a block-sparse matrix, checked once and bound to the native pattern."""
+"""The tensors of a block-sparse matrix, checked and bound to the native pattern."""
 
 from __future__ import annotations
 

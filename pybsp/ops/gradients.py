@@ -1,7 +1,7 @@
 """The gradients of the block-sparse product, at the kept blocks only.
 
-With ``y = x W^T``, ``dx = dy W`` and ``dW_b = (dy^T x)_b``: as operators for compile and
-double backward, and as direct calls on a bound pattern for the eager backward. All
+With ``y = x W^T``, ``dx = dy W`` and ``dW_b = (dy^T x)_b``: as operators for compile
+and double backward, and as direct calls on a bound pattern for the eager backward. All
 second derivatives are these three operators again.
 """
 
@@ -13,8 +13,6 @@ import torch
 
 from .. import reference
 from .fields import bind_pattern, column_major_blocks
-
-Fields = tuple[torch.Tensor, torch.Tensor]
 
 
 def gradients(
@@ -32,29 +30,58 @@ def gradients(
     With a ``pattern`` the native calls are made directly, without it through the
     operators.
     """
-    grad_x = grad_values = grad_bias = None
-    if pattern is not None:
+    product: Any = torch.ops.pybsp if pattern is None else _Native(pattern)
+    if torch._C._functorch.is_legacy_batchedtensor(grad):
+        product = _Reference  # is_grads_batched, for which native products have no rule
+    elif pattern is not None:
         grad = _plain(grad)
+    fields = (crow_indices, col_indices)
+    grad_x = grad_values = grad_bias = None
     if needs[0]:
-        grad_x = (
-            _grad_x(pattern, grad, values, shape[1])
-            if pattern is not None
-            else torch.ops.pybsp.block_sparse_grad_x(
-                grad, values, crow_indices, col_indices, shape[1]
-            )
-        )
+        grad_x = product.block_sparse_grad_x(grad, values, *fields, shape[1])
     if needs[1]:
-        block_rows, block_cols = values.shape[1:]
-        grad_values = (
-            _grad_values(pattern, grad, _plain(x), values.shape)
-            if pattern is not None
-            else torch.ops.pybsp.block_sparse_grad_values(
-                grad, x, crow_indices, col_indices, block_rows, block_cols
-            )
+        grad_values = product.block_sparse_grad_values(
+            grad, x, *fields, *values.shape[1:]
         )
     if needs[2]:
         grad_bias = grad.reshape(-1, shape[0]).sum(0)
     return grad_x, grad_values, grad_bias
+
+
+class _Native:
+    """The operators on a pattern that is bound already and on plain tensors."""
+
+    def __init__(self, pattern: Any) -> None:
+        self.pattern = pattern
+
+    def block_sparse_grad_x(
+        self, grad: torch.Tensor, values: torch.Tensor, *fields: Any
+    ) -> torch.Tensor:
+        return _grad_x(self.pattern, grad, values, fields[-1])
+
+    def block_sparse_grad_values(
+        self, grad: torch.Tensor, x: torch.Tensor, *fields: Any
+    ) -> torch.Tensor:
+        shape = torch.Size((self.pattern.nnz, *fields[2:]))
+        return _grad_values(self.pattern, grad, _plain(x), shape)
+
+
+class _Reference:
+    """The operators through dense matrices."""
+
+    @staticmethod
+    def block_sparse_grad_x(
+        grad: torch.Tensor, values: torch.Tensor, crow: Any, col: Any, in_features: int
+    ) -> torch.Tensor:
+        shape = (grad.shape[-1], in_features)
+        return reference.block_sparse_grad_x(grad, crow, col, values, shape)
+
+    @staticmethod
+    def block_sparse_grad_values(
+        grad: torch.Tensor, x: torch.Tensor, crow: Any, col: Any, *block_shape: int
+    ) -> torch.Tensor:
+        shape = (block_shape[0], block_shape[1])
+        return reference.block_sparse_grad_values(grad, x, crow, col, shape)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

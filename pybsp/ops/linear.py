@@ -362,9 +362,11 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None: 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     needs = ctx.needs_input_grad
+    x, values, crow_indices, col_indices = ctx.saved_tensors
     grad_x, grad_values, grad_bias = gradients(
-        grad, *ctx.saved_tensors, ctx.shape, (needs[0], needs[1], needs[4])
-    )
+        grad, x, values, crow_indices, col_indices, ctx.shape,
+        (needs[0], needs[1], needs[4]),
+    )  # fmt: skip
     return grad_x, grad_values, None, None, grad_bias, None, None
 
 
@@ -393,5 +395,9 @@ class _EagerProduct(torch.autograd.Function):
             and not _dispatch_modes()
             and not _is_transforming()
         )
-        pattern = ctx.pattern if direct else None
-        return *gradients(grad, *ctx.saved_tensors, ctx.shape, needs, pattern), None
+        x, values, crow_indices, col_indices = ctx.saved_tensors
+        found = gradients(
+            grad, x, values, crow_indices, col_indices, ctx.shape, needs,
+            ctx.pattern if direct else None,
+        )  # fmt: skip
+        return *found, None

@@ -234,7 +234,7 @@ def test_resume_in_any_phase_repeats_the_run(
 
 
 def test_packed_retraining_gives_the_same_model(tmp_path: Path) -> None:
-    """Without clipping, whose norm counts the gradients of removed blocks when masked."""
+    """Without clipping: masked, its norm counts the gradients of removed blocks too."""
 
     class Kinds(TrainerCallback):
         def __init__(self) -> None:

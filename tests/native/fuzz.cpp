@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cases.h"
 #include "gemm_cases.h"
+#include "grad_cases.h"
 #include "group_lasso_cases.h"
 
 namespace selftest {
@@ -21,6 +22,8 @@ void fuzz(Report& report, Random& random) {
   const GemmCase matrix({grid_rows * r, grid_cols * c, r, c}, density, tokens, seed);
   matrix.check(report, tokens, activation);
   matrix.check(report, random.between(0, tokens), activation);
+  const GradCase gradients({grid_rows * r, grid_cols * c, r, c}, density, tokens, seed);
+  gradients.check(report, tokens);
 }
 
 }  // namespace selftest

@@ -70,6 +70,7 @@ bool passes(const std::string& isa, const Options& options) {
   selftest::Report report(isa);
   if (options.fuzz_cases == 0) {
     selftest::check_block_sparse_gemm(report, options.quick);
+    selftest::check_block_sparse_grad(report, options.quick);
     selftest::check_activations(report, options.quick);
     selftest::check_group_lasso(report, options.quick);
     selftest::check_block_mask(report, options.quick);
