@@ -14,7 +14,7 @@ bound of an operation is taken in the same run:
 
 The autograd formulation is the penalty as a loss term, forward and backward.
 
-    python -m benchmarks.training_ops [--dtype float32 bfloat16] [--seconds 2]
+    python -m benchmarks.training_ops [--dtype float32 bfloat16] [--seconds 0.5]
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rich.table import Table
 
 import pybsp
 from benchmarks import result
-from pybsp.blocks import BlockShape, block_view, expand_blocks, grid_shape
+from pybsp.blocks import BlockShape, block_view, grid_shape
 from pybsp.cli.timing import Timing, interleaved, torch_threads
 
 LAYER = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]
@@ -45,29 +45,24 @@ LAM = 1e-9  # thousands of calls must leave the weights as they are
 class Weights:
     """The matrices of a footprint, their gradients, and what there is per block."""
 
-    def __init__(
-        self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, block: BlockShape
-    ) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.block = block
-        self.weights, self.grads, self.factors, self.zeros, self.masks = (
-            [], [], [], [], [],
-        )  # type: tuple[list[torch.Tensor], ...]  # fmt: skip
-        for shape in shapes:
-            factors = torch.rand(grid_shape(shape, block), generator=generator) + 0.5
-            mask = factors > 1.3
-            weight = torch.randn(shape, generator=generator)
-            self.weights.append(weight.to(dtype).requires_grad_())
-            self.grads.append(torch.randn(shape, generator=generator).to(dtype))
-            self.factors.append(factors)
-            self.zeros.append(torch.zeros_like(factors))
-            self.masks.append(mask)
-        self.masked = [
-            (w.detach() * expand_blocks(m, block)).add_(0.0)  # no -0
-            for w, m in zip(self.weights, self.masks, strict=True)
-        ]
+    def __init__(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> None:
+        def random(shape: tuple[int, int]) -> torch.Tensor:
+            return torch.randn(shape).to(dtype)
+
+        self.weights = [random(shape).requires_grad_() for shape in shapes]
+        self.grads = [random(shape) for shape in shapes]
         for weight, grad in zip(self.weights, self.grads, strict=True):
             weight.grad = grad
+
+    @torch.no_grad()
+    def partition(self, block: BlockShape) -> None:
+        """Fill what there is per block; a fifth of the blocks survives the mask."""
+        self.block = block
+        self.factors = [torch.rand(grid_shape(w.shape, block)) for w in self.weights]
+        self.zeros = [torch.zeros_like(f) for f in self.factors]
+        self.masks = [f > 0.8 for f in self.factors]
+        self.masked = [w.detach().clone() for w in self.weights]
+        self.mask()
 
     def nbytes(self) -> int:
         return sum(w.numel() * w.element_size() for w in self.weights)
@@ -123,10 +118,11 @@ class Weights:
 
 
 def measure(
-    footprint: str, dtype: torch.dtype, block: BlockShape, seconds: float
+    data: Weights, footprint: str, block: BlockShape, seconds: float
 ) -> list[dict[str, Any]]:
-    data = Weights(FOOTPRINTS[footprint], dtype, block)
+    data.partition(block)
     data.check()
+    dtype = data.weights[0].dtype
     weights, blocks = data.nbytes(), data.blocks()
     repeats = REPEATS[footprint]
     operations: dict[str, Callable[[], None]] = {
@@ -140,7 +136,7 @@ def measure(
     }
     calls = {name: _repeated(call, repeats) for name, call in operations.items()}
     read = pybsp.ops.read_bandwidth(weights)
-    times = interleaved(calls, seconds=seconds, min_rounds=5, max_rounds=300)
+    times = interleaved(calls, seconds=seconds, min_rounds=3, max_rounds=300)
     read = max(read, pybsp.ops.read_bandwidth(weights))
     # Bytes moved by a call, and the milliseconds of its bound.
     moved = {
@@ -189,24 +185,24 @@ def _ratio(slow: Timing, fast: Timing) -> float:
 
 def measure_all(
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
-    seconds: float = 2.0,
+    seconds: float = 0.5,
     blocks: Sequence[BlockShape] = tuple(BLOCKS),
 ) -> list[dict[str, Any]]:
     """One row for every operation, block shape, dtype and footprint; one thread."""
+    rows = []
     with torch_threads(1):
-        return [
-            row
-            for dtype in dtypes
-            for footprint in FOOTPRINTS
-            for block in blocks
-            for row in measure(footprint, dtype, block, seconds)
-        ]
+        for dtype in dtypes:
+            for footprint, shapes in FOOTPRINTS.items():
+                data = Weights(shapes, dtype)
+                for block in blocks:
+                    rows += measure(data, footprint, block, seconds)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--seconds", type=float, default=0.5)
     arguments = parser.parse_args()
     dtypes = [getattr(torch, name) for name in arguments.dtype]
     rows = measure_all(dtypes, arguments.seconds)

@@ -266,10 +266,12 @@ class BlockPruner:
         weights = self._weights()
         if self.phase is Phase.REGULARISE and self.cfg.penalised:
             due = self.step in self.schedule.reweight_steps
-            steps_left = self.schedule.cut_step - self.step
-            self.regulariser.refresh(weights, due, steps_left)
             if self.regulariser.in_gradient:
-                self.regulariser.add_gradients_(weights, gradient_scale(optimizer))
+                scale = gradient_scale(optimizer)
+                self.regulariser.add_gradients_(weights, scale, due)
+            else:
+                steps_left = self.schedule.cut_step - self.step
+                self.regulariser.refresh(weights, due, steps_left)
         for name, mask in self.masks.items():
             grad = weights[name].grad
             if grad is not None:

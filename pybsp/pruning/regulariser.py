@@ -47,7 +47,7 @@ class Regulariser:
 
     def refresh(self, weights: Tensors, due: bool, steps_left: int) -> None:
         """Take the factors from the weights: the first time, and when ``due``."""
-        if self.factors and not (due and self.cfg.method == "reweighted_group_lasso"):
+        if not self._is_due(due):
             return
         norms = self.norms(weights)
         if self.cfg.reg_lambda == "auto" and not self.strengths:
@@ -57,13 +57,21 @@ class Regulariser:
             for name, value in norms.items()
         }
 
-    def add_gradients_(self, weights: Tensors, scale: float) -> None:
-        """Add the gradient to every ``.grad``; those are scaled by ``scale``."""
+    def add_gradients_(self, weights: Tensors, scale: float, due: bool) -> None:
+        """Add the gradient to every ``.grad``; those are scaled by ``scale``.
+
+        Factors that are to be taken are taken weight by weight, right before they are
+        used: the weight is then still in a cache.
+        """
+        fresh = self._is_due(due)
         self._last_value = 0.0
         for name, weight in weights.items():
+            target = self.targets[name]
+            if fresh:
+                norms = penalties.block_norms(weight.detach(), target.block_shape)
+                self.factors[name] = ops.reweight(norms, self.cfg.reweight_eps)
             if weight.grad is None:
                 continue
-            target = self.targets[name]
             self._last_value += penalties.add_gradient_(
                 weight.grad,
                 weight.detach(),
@@ -72,6 +80,9 @@ class Regulariser:
                 target.block_shape,
             )
         self._last_value /= scale
+
+    def _is_due(self, due: bool) -> bool:
+        return not self.factors or (due and self.cfg.method == "reweighted_group_lasso")
 
     def shrink_(self, weights: Tensors, rates: Mapping[int, float]) -> None:
         """Take the decoupled or proximal step; ``rates`` are learning rates by id."""
