@@ -172,6 +172,7 @@ def main() -> None:
     Console().print(table)
     low, high = data["peak_gflops"]
     print(f"fitted in {data['fit_seconds']} s; FMA peak {low}-{high} GFLOP/s meanwhile")
+    data.pop("rows")
     print(result.save("cost_model", data))
 
 

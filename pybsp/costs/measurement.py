@@ -167,10 +167,10 @@ def sparse_calls(lanes: int, max_vectors: int) -> list[Call]:
     vectors += [3 * max_vectors + 1, 5 * max_vectors + 2, 10 * max_vectors + 2]
     for number in vectors:
         # Whole vectors, and ragged ones.
-        tokens = (lanes * number, max(lanes * number - lanes // 2, lanes))
-        calls += [_draw(draw, tokens[i % 2], kind) for i, kind in enumerate(KINDS)]
+        sizes = (lanes * number, max(lanes * number - lanes // 2, lanes))
+        calls += [_draw(draw, sizes[i % 2], kind) for i, kind in enumerate(KINDS)]
         if number <= max_vectors + 2:
-            calls += [_draw(draw, tokens[0], kind) for kind in KINDS]
+            calls += [_draw(draw, sizes[0], kind) for kind in KINDS]
     return calls
 
 

@@ -59,7 +59,10 @@ class CostModel:
 
     @classmethod
     def fit(cls, sweeps: int = 2, seconds: float = 4.0) -> CostModel:
-        """Measure about two thousand small calls now, in about ``seconds``."""
+        """Measure about two thousand small calls now.
+
+        No second sweep over them begins after ``seconds``.
+        """
         lanes, max_vectors = ops.token_tile()
         calls = measurement.sparse_calls(lanes, max_vectors)
         sparse = fit(
