@@ -177,8 +177,10 @@ void register_block_sparse_gemm(py::module_& module) {
       .def("schedule", &BlockSparsePattern::schedule);
   module.def("multiply_many", &multiply_many, arg("products"), arg("x"), arg("tokens"),
              arg("tiles"), arg("threads"));
-  module.def("tile_lanes",
-             [](int64_t tokens) { return tile_lanes(tokens, variants(active_isa())); });
+  module.def(
+      "tile_lanes",
+      [](int64_t tokens) { return tile_lanes(tokens, variants(active_isa())); },
+      arg("tokens"));
   const auto address = [](uintptr_t at) { return reinterpret_cast<float*>(at); };
   module.def(
       "pack_tiles",
