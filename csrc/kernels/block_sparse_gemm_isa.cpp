@@ -32,15 +32,6 @@ inline void start_sums(TileStart start, const float* y, Vec (&acc)[kRows][kVecto
   }
 }
 
-// The extents of a block, and the floats from the inputs of one block column to those
-// of the next. As a variable, x costs one multiplication, on a port without an FMA
-// unit; as a constant it would become shifts and additions that compete with the FMAs.
-struct BlockSteps {
-  int64_t rows;
-  int64_t cols;
-  uint32_t x;
-};
-
 // Columns ahead of the one that is multiplied whose inputs are fetched into L1.
 constexpr int64_t kPrefetchColumns = 8;
 
@@ -53,19 +44,17 @@ inline int64_t prefetch_blocks(int64_t block_cols) {
 // first block. kPrefetch reads col_indices prefetch_blocks past the last block.
 template <int kRows, int kVectors, bool kOneColumn, bool kPrefetch>
 void multiply_tile(const int32_t* col_indices, int64_t blocks, const float* w,
-                   BlockSteps steps, const float* x_tile, TileStart start, float* y) {
+                   int64_t block_rows, int64_t block_cols, const float* x_tile,
+                   TileStart start, float* y) {
   constexpr int64_t kWidth = kVectors * kLanes;
-  const int64_t cols = kOneColumn ? 1 : steps.cols;
+  const int64_t cols = kOneColumn ? 1 : block_cols;
   const int64_t ahead = kPrefetch ? prefetch_blocks(cols) : 0;
-  const auto inputs = [&](int32_t col) {
-    return x_tile + static_cast<uint32_t>(col) * steps.x;
-  };
   Vec acc[kRows][kVectors];
   start_sums(start, y, acc);
   const int32_t* const end = col_indices + blocks;
   for (; col_indices != end; ++col_indices) {
-    const float* x = inputs(*col_indices);
-    const float* later = kPrefetch ? inputs(col_indices[ahead]) : nullptr;
+    const float* x = x_tile + *col_indices * cols * kWidth;
+    const float* later = x_tile + (kPrefetch ? col_indices[ahead] * cols * kWidth : 0);
     for (int64_t col = 0; col < cols; ++col) {
       if constexpr (kPrefetch) {
         PYBSP_UNROLL
@@ -84,7 +73,7 @@ void multiply_tile(const int32_t* col_indices, int64_t blocks, const float* w,
           acc[row][v] = fma(weight, in[v], acc[row][v]);
         }
       }
-      w += steps.rows;
+      w += block_rows;
       x += kWidth;
     }
   }
@@ -97,7 +86,7 @@ void multiply_tile(const int32_t* col_indices, int64_t blocks, const float* w,
   }
 }
 
-using TileFunction = void (*)(const int32_t*, int64_t, const float*, BlockSteps,
+using TileFunction = void (*)(const int32_t*, int64_t, const float*, int64_t, int64_t,
                               const float*, TileStart, float*);
 
 template <int kVectors, bool kOneColumn, bool kPrefetch>
@@ -145,7 +134,6 @@ void multiply_block_rows(const BlockSparseView& weight, int64_t first, int64_t l
       tile_function<kVectors, kOneColumn, kPrefetch>(r < kRows ? r : kRows);
   const TileFunction whole = tile_function<kVectors, kOneColumn, false>(kRows);
   const TileFunction rest = tile_function<kVectors, kOneColumn, false>(r % kRows);
-  const BlockSteps steps{r, c, static_cast<uint32_t>(c * kWidth)};
   const int64_t fit = kChunkBytes / (c * kWidth * int64_t{sizeof(float)});
   const int64_t all = weight.in_features / c;
   const int64_t chunk = r <= kRows ? all + 1 : fit > 0 ? fit : 1;
@@ -159,7 +147,7 @@ void multiply_block_rows(const BlockSparseView& weight, int64_t first, int64_t l
         const TileFunction tile = sub == 0           ? first_tile
                                   : sub + kRows <= r ? whole
                                                      : rest;
-        tile(weight.col_indices + b, blocks, weight.values + b * r * c + sub, steps,
+        tile(weight.col_indices + b, blocks, weight.values + b * r * c + sub, r, c,
              x_tile, {bias ? bias + row * r + sub : nullptr, b > begin},
              y + sub * kWidth);
       }

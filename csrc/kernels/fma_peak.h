@@ -7,4 +7,9 @@ namespace pybsp {
 
 double fma_peak();
 
+// The same of the widest tile of block_sparse_gemm on 8 outputs and so few inputs that
+// weights and inputs come from L1: what the instructions of the kernel allow, at the
+// clock rate that the CPU keeps while it also loads.
+double tile_peak();
+
 }  // namespace pybsp

@@ -33,6 +33,7 @@ from .runtime import (
     read_bandwidth,
     set_active_isa,
     show_config,
+    tile_peak,
     token_tile,
 )
 from .tiles import (
@@ -81,6 +82,7 @@ __all__ = [
     "reweight",
     "set_active_isa",
     "show_config",
+    "tile_peak",
     "token_tile",
     "unpack_tokens",
 ]

@@ -17,6 +17,9 @@ active_isa = _core.active_isa
 available_isas = _core.available_isas
 #: Operations a second of one thread on registers alone, two for each multiply-add.
 fma_peak = _core.fma_peak
+#: The same of the forward kernel's widest tile with weights and inputs in L1: what its
+#: instructions allow at the clock rate the CPU keeps while it loads.
+tile_peak = _core.tile_peak
 #: Tokens in a vector and vectors in the widest tile, of the instruction set in use.
 token_tile = _core.token_tile
 
