@@ -42,12 +42,12 @@ inline int64_t prefetch_blocks(int64_t block_cols) {
 // acc[row][v] += sum over blocks and their columns of weight[row] * x[col][v].
 // kRows consecutive outputs of one block row; w points at the first of them in the
 // first block. kPrefetch reads col_indices prefetch_blocks past the last block.
-template <int kRows, int kVectors, bool kOneColumn, bool kPrefetch>
+template <int kRows, int kVectors, int kCols, bool kPrefetch>
 void multiply_tile(const int32_t* col_indices, int64_t blocks, const float* w,
                    int64_t block_rows, int64_t block_cols, const float* x_tile,
                    TileStart start, float* y) {
   constexpr int64_t kWidth = kVectors * kLanes;
-  const int64_t cols = kOneColumn ? 1 : block_cols;
+  const int64_t cols = kCols > 0 ? kCols : block_cols;
   const int64_t ahead = kPrefetch ? prefetch_blocks(cols) : 0;
   Vec acc[kRows][kVectors];
   start_sums(start, y, acc);
@@ -89,33 +89,33 @@ void multiply_tile(const int32_t* col_indices, int64_t blocks, const float* w,
 using TileFunction = void (*)(const int32_t*, int64_t, const float*, int64_t, int64_t,
                               const float*, TileStart, float*);
 
-template <int kVectors, bool kOneColumn, bool kPrefetch>
+template <int kVectors, int kCols, bool kPrefetch>
 TileFunction tile_function(int64_t rows) {
   switch (rows) {
     case 1:
-      return multiply_tile<1, kVectors, kOneColumn, kPrefetch>;
+      return multiply_tile<1, kVectors, kCols, kPrefetch>;
     case 2:
-      return multiply_tile<2, kVectors, kOneColumn, kPrefetch>;
+      return multiply_tile<2, kVectors, kCols, kPrefetch>;
     case 3:
-      return multiply_tile<3, kVectors, kOneColumn, kPrefetch>;
+      return multiply_tile<3, kVectors, kCols, kPrefetch>;
     case 4:
-      return multiply_tile<4, kVectors, kOneColumn, kPrefetch>;
+      return multiply_tile<4, kVectors, kCols, kPrefetch>;
     default:
       break;
   }
   if constexpr (kTileRows<kVectors> == 8) {
     switch (rows) {
       case 5:
-        return multiply_tile<5, kVectors, kOneColumn, kPrefetch>;
+        return multiply_tile<5, kVectors, kCols, kPrefetch>;
       case 6:
-        return multiply_tile<6, kVectors, kOneColumn, kPrefetch>;
+        return multiply_tile<6, kVectors, kCols, kPrefetch>;
       case 7:
-        return multiply_tile<7, kVectors, kOneColumn, kPrefetch>;
+        return multiply_tile<7, kVectors, kCols, kPrefetch>;
       default:
-        return multiply_tile<8, kVectors, kOneColumn, kPrefetch>;
+        return multiply_tile<8, kVectors, kCols, kPrefetch>;
     }
   }
-  return multiply_tile<4, kVectors, kOneColumn, kPrefetch>;
+  return multiply_tile<4, kVectors, kCols, kPrefetch>;
 }
 
 // Bytes of inputs that the tiles of one block row read one after the other: a part of
@@ -124,16 +124,16 @@ constexpr int64_t kChunkBytes = 24 * 1024;
 
 // Block rows [first, last). Blocks taller than a tile are taken in chunks whose inputs
 // stay in L1 for all tiles of the block row; their sums wait in y_tile.
-template <int kVectors, bool kOneColumn, bool kPrefetch>
+template <int kVectors, int kCols, bool kPrefetch>
 void multiply_block_rows(const BlockSparseView& weight, int64_t first, int64_t last,
                          const float* x_tile, const float* bias, float* y_tile) {
   constexpr int64_t kRows = kTileRows<kVectors>;
   constexpr int64_t kWidth = kVectors * kLanes;
   const int64_t r = weight.block_rows, c = weight.block_cols;
   const TileFunction first_tile =
-      tile_function<kVectors, kOneColumn, kPrefetch>(r < kRows ? r : kRows);
-  const TileFunction whole = tile_function<kVectors, kOneColumn, false>(kRows);
-  const TileFunction rest = tile_function<kVectors, kOneColumn, false>(r % kRows);
+      tile_function<kVectors, kCols, kPrefetch>(r < kRows ? r : kRows);
+  const TileFunction whole = tile_function<kVectors, kCols, false>(kRows);
+  const TileFunction rest = tile_function<kVectors, kCols, false>(r % kRows);
   const int64_t fit = kChunkBytes / (c * kWidth * int64_t{sizeof(float)});
   const int64_t all = weight.in_features / c;
   const int64_t chunk = r <= kRows ? all + 1 : fit > 0 ? fit : 1;
@@ -160,7 +160,7 @@ void multiply_block_rows(const BlockSparseView& weight, int64_t first, int64_t l
 // that, the three more loads a column cost more than the misses.
 constexpr int64_t kPrefetchBytes = 256 * 1024;
 
-template <int kVectors, bool kOneColumn>
+template <int kVectors, int kCols>
 void multiply_rows_of(const BlockSparseView& weight, int64_t first, int64_t last,
                       const float* x_tile, const float* bias, float* y_tile) {
   constexpr int64_t kWidth = kVectors * kLanes;
@@ -171,21 +171,22 @@ void multiply_rows_of(const BlockSparseView& weight, int64_t first, int64_t last
                           prefetch_blocks(weight.block_cols);
     row = last;
     while (row > first && weight.crow_indices[row] > limit) --row;
-    multiply_block_rows<kVectors, kOneColumn, true>(weight, first, row, x_tile, bias,
-                                                    y_tile);
+    multiply_block_rows<kVectors, kCols, true>(weight, first, row, x_tile, bias,
+                                               y_tile);
     y_tile += (row - first) * weight.block_rows * kWidth;
   }
-  multiply_block_rows<kVectors, kOneColumn, false>(weight, row, last, x_tile, bias,
-                                                   y_tile);
+  multiply_block_rows<kVectors, kCols, false>(weight, row, last, x_tile, bias, y_tile);
 }
 
 template <int kVectors>
 void multiply_rows_of_width(const BlockSparseView& weight, int64_t first, int64_t last,
                             const float* x_tile, const float* bias, float* y_tile) {
   if (weight.block_cols == 1) {
-    multiply_rows_of<kVectors, true>(weight, first, last, x_tile, bias, y_tile);
+    multiply_rows_of<kVectors, 1>(weight, first, last, x_tile, bias, y_tile);
+  } else if (weight.block_cols == 4) {
+    multiply_rows_of<kVectors, 4>(weight, first, last, x_tile, bias, y_tile);
   } else {
-    multiply_rows_of<kVectors, false>(weight, first, last, x_tile, bias, y_tile);
+    multiply_rows_of<kVectors, 0>(weight, first, last, x_tile, bias, y_tile);
   }
 }
 
