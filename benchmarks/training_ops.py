@@ -190,7 +190,7 @@ def measure_all(
 ) -> list[dict[str, Any]]:
     """One row for every operation, block shape, dtype and footprint; one thread."""
     rows = []
-    with torch_threads(1):
+    with torch_threads(1), torch.enable_grad():
         for dtype in dtypes:
             for footprint, shapes in FOOTPRINTS.items():
                 data = Weights(shapes, dtype)
