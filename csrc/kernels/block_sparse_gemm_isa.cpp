@@ -156,6 +156,88 @@ void multiply_block_rows(const BlockSparseView& weight, int64_t first, int64_t l
   }
 }
 
+// Eight outputs of a block row: its blocks, its weights of the first of them and where
+// the sums go.
+struct EightRows {
+  const int32_t* cols;
+  int64_t blocks;
+  const float* w;
+  float* y;
+};
+
+// acc[row] += the columns of the next block of `rows` for one vector of tokens.
+template <int kCols>
+inline void add_block(EightRows& rows, int64_t block_rows, int64_t block_cols,
+                      const float* x_tile, Vec (&acc)[8]) {
+  const int64_t cols = kCols > 0 ? kCols : block_cols;
+  const float* x = x_tile + *rows.cols++ * cols * kLanes;
+  for (int64_t col = 0; col < cols; ++col) {
+    const Vec in = load(x + col * kLanes);
+    PYBSP_UNROLL
+    for (int row = 0; row < 8; ++row) acc[row] = fma(set1(rows.w[row]), in, acc[row]);
+    rows.w += block_rows;
+  }
+}
+
+// A tile of one vector has eight sums, just as many as the FMA units keep in flight;
+// two tiles side by side, whatever blocks they have, leave room for loads that come
+// late.
+template <int kCols>
+void multiply_two_tiles(EightRows (&tiles)[2], int64_t block_rows, int64_t block_cols,
+                        const float* x_tile, const float* bias) {
+  Vec acc[2][8];
+  PYBSP_UNROLL
+  for (int t = 0; t < 2; ++t) {
+    PYBSP_UNROLL
+    for (int row = 0; row < 8; ++row) {
+      acc[t][row] = bias ? set1(bias[8 * t + row]) : zero();
+    }
+  }
+  EightRows first = tiles[0], second = tiles[1];
+  const int64_t shared = first.blocks < second.blocks ? first.blocks : second.blocks;
+  for (int64_t b = 0; b < shared; ++b) {
+    add_block<kCols>(first, block_rows, block_cols, x_tile, acc[0]);
+    add_block<kCols>(second, block_rows, block_cols, x_tile, acc[1]);
+  }
+  for (int64_t b = shared; b < first.blocks; ++b) {
+    add_block<kCols>(first, block_rows, block_cols, x_tile, acc[0]);
+  }
+  for (int64_t b = shared; b < second.blocks; ++b) {
+    add_block<kCols>(second, block_rows, block_cols, x_tile, acc[1]);
+  }
+  PYBSP_UNROLL
+  for (int row = 0; row < 8; ++row) {
+    store(first.y + row * kLanes, acc[0][row]);
+    store(second.y + row * kLanes, acc[1][row]);
+  }
+}
+
+// Block rows [first, last) of eight outputs, or of a multiple, for one vector of
+// tokens.
+template <int kCols>
+void multiply_in_pairs(const BlockSparseView& weight, int64_t first, int64_t last,
+                       const float* x_tile, const float* bias, float* y_tile) {
+  const int64_t r = weight.block_rows, c = weight.block_cols, subs = r / 8;
+  const auto tile = [&](int64_t t) {
+    const int64_t row = first + t / subs;
+    const int64_t begin = weight.crow_indices[row];
+    return EightRows{weight.col_indices + begin, weight.crow_indices[row + 1] - begin,
+                     weight.values + begin * r * c + t % subs * 8,
+                     y_tile + t * 8 * kLanes};
+  };
+  const int64_t tiles = (last - first) * subs;
+  for (int64_t t = 0; t + 1 < tiles; t += 2) {
+    EightRows pair[2] = {tile(t), tile(t + 1)};
+    multiply_two_tiles<kCols>(pair, r, c, x_tile,
+                              bias ? bias + first * r + t * 8 : nullptr);
+  }
+  if (tiles % 2 == 0) return;
+  const EightRows rest = tile(tiles - 1);
+  multiply_tile<8, 1, kCols, false>(rest.cols, rest.blocks, rest.w, r, c, x_tile,
+                                    {bias ? bias + last * r - 8 : nullptr, false},
+                                    rest.y);
+}
+
 // Bytes of a tile of inputs from which on fetching ahead pays: a few times L1. Under
 // that, the three more loads a column cost more than the misses.
 constexpr int64_t kPrefetchBytes = 256 * 1024;
@@ -165,6 +247,12 @@ void multiply_rows_of(const BlockSparseView& weight, int64_t first, int64_t last
                       const float* x_tile, const float* bias, float* y_tile) {
   constexpr int64_t kWidth = kVectors * kLanes;
   int64_t row = first;
+  if constexpr (kVectors == 1 && kRegisters >= 32) {
+    if (weight.block_rows % 8 == 0) {
+      multiply_in_pairs<kCols>(weight, first, last, x_tile, bias, y_tile);
+      return;
+    }
+  }
   if (weight.in_features * kWidth * int64_t{sizeof(float)} > kPrefetchBytes) {
     // All but the last rows of the matrix have columns to read ahead.
     const int64_t limit = weight.crow_indices[weight.out_features / weight.block_rows] -
