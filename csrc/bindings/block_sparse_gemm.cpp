@@ -63,6 +63,11 @@ class BlockSparsePattern {
           std::to_string(block.second) + ") does not divide a matrix of shape (" +
           std::to_string(shape.first) + ", " + std::to_string(shape.second) + ")");
     }
+    if (shape.second > kMaxInFeatures) {
+      throw std::invalid_argument(
+          "a matrix has at most " + std::to_string(kMaxInFeatures) +
+          " input features; got " + std::to_string(shape.second) + "; split it");
+    }
     const int64_t grid_rows = shape.first / block.first;
     if (crow_.shape(0) != grid_rows + 1) {
       throw std::invalid_argument("crow_indices must have one entry more than the " +

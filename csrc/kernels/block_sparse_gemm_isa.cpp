@@ -35,6 +35,7 @@ inline void start_sums(TileStart start, const float* y, Vec (&acc)[kRows][kVecto
 // The extents of a block, and the floats from the inputs of one block column to those
 // of the next. As a variable, x costs one multiplication, on a port without an FMA
 // unit; as a constant it would become shifts and additions that compete with the FMAs.
+// 32 bits: kMaxInFeatures.
 struct BlockSteps {
   int64_t rows;
   int64_t cols;
