@@ -143,6 +143,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: pattern(col_indices=np.zeros(6, np.int32)[::2]), ValueError,
         "col_indices must be contiguous",
     ),
+    "too many input features": (
+        lambda: pattern(shape=(4, 2**26 + 2)), ValueError, "at most 67108864 input",
+    ),
     "shape overflows": (
         lambda: pattern(shape=(2**63 - 2, 6)), ValueError, "one entry more",
     ),
