@@ -122,7 +122,7 @@ struct Variants {
                                  const float* dy_tile, int vectors, float* dx_tile);
   void (*sampled_products)(const SampledProducts& products);
 
-  // 12 x rounds vector multiply-adds; the result only keeps them from being removed.
+  // 24 x rounds vector multiply-adds; the result only keeps them from being removed.
   float (*fma_chains)(int64_t rounds);
   // Reads `count` floats, a multiple of 8 x lanes, `rounds` times over; the sum only
   // keeps the loads from being removed.
