@@ -150,16 +150,20 @@ void Multiplication::few_tokens(const float* x, int64_t first_token) {
       return low;
     };
     float* const y = product->y + first_token * weight.out_features;
+    // Sums in y would overwrite a residual that is y.
+    float* const sums = epilogue.residual == product->y
+                            ? scratch_floats(tokens * weight.out_features)
+                            : y;
     parallel(threads_, [&](int thread, int count) {
       const int64_t first = boundary(thread, count), last = boundary(thread + 1, count);
-      isa_.multiply_few_tokens(weight, first, last, x, tokens, epilogue.bias, y);
+      isa_.multiply_few_tokens(weight, first, last, x, tokens, epilogue.bias, sums);
       const int64_t row = first * weight.block_rows;
       const int64_t rows = (last - first) * weight.block_rows;
       for (int64_t token = 0; token < tokens; ++token) {
         const int64_t at = token * weight.out_features + row;
         const float* residual = epilogue.residual;
         if (residual) residual += first_token * weight.out_features + at;
-        isa_.finish(y + at, rows, epilogue.activation, residual);
+        isa_.finish(sums + at, rows, epilogue.activation, residual, y + at);
       }
     });
   }
@@ -181,17 +185,20 @@ void Multiplication::in_tiles(const float* x, int64_t tokens) {
   const int64_t y_floats = (max_part_rows() * width + 15) / 16 * 16;
   const int64_t floats = x_floats + y_floats;
   float* const scratch = scratch_floats(threads_ * floats);
+  std::vector<std::vector<TokenTile>> tiles;
+  for (int64_t group = 0; group < split.groups; ++group) {
+    const int64_t first = vectors * group / split.groups * isa_.lanes;
+    const int64_t last =
+        std::min(tokens, vectors * (group + 1) / split.groups * isa_.lanes);
+    tiles.push_back(split_tokens(last - first, isa_));
+    for (TokenTile& tile : tiles.back()) tile.first += first;
+  }
   parallel(threads_, [&](int thread, int count) {
+    float* const mine = scratch + thread * floats;
     // The threads asked for need not be those that are given.
     for (int64_t share = thread; share < threads_; share += count) {
-      const int64_t group = share % split.groups;
-      const int64_t first = vectors * group / split.groups * isa_.lanes;
-      const int64_t last =
-          std::min(tokens, vectors * (group + 1) / split.groups * isa_.lanes);
-      std::vector<TokenTile> tiles = split_tokens(last - first, isa_);
-      for (TokenTile& tile : tiles) tile.first += first;
-      float* const mine = scratch + thread * floats;
-      multiply_group(tiles, parts_of(share / split.groups, split.teams), x, mine, held,
+      multiply_group(tiles[static_cast<size_t>(share % split.groups)],
+                     parts_of(share / split.groups, split.teams), x, mine, held,
                      mine + x_floats);
     }
   });
@@ -235,6 +242,12 @@ void Multiplication::run_tiles(const float* x_tiles) {
   parts_ = list_parts(products_, count_);
   const std::vector<TokenTile> tiles = split_tokens(tokens_, isa_);
   const Split split = split_threads(2 * static_cast<int64_t>(tiles.size()), threads_);
+  const int64_t part_floats = max_part_rows() * isa_.lanes * isa_.max_vectors;
+  bool overwrites = false;
+  for (const Product* product = products_; product != products_ + count_; ++product) {
+    overwrites = overwrites || product->epilogue.residual == product->y;
+  }
+  float* const scratch = overwrites ? scratch_floats(threads_ * part_floats) : nullptr;
   parallel(threads_, [&](int thread, int count) {
     for (int64_t share = thread; share < threads_; share += count) {
       const Range mine = pybsp::share(static_cast<int64_t>(tiles.size()),
@@ -252,9 +265,12 @@ void Multiplication::run_tiles(const float* x_tiles) {
           const int64_t width = int64_t{tile.vectors} * isa_.lanes;
           const int64_t at = tile.slot * weight.out_features + row * width;
           float* const y = part.product->y + at;
-          multiply(part, tile.vectors, x_tiles + tile.slot * in_, y);
-          isa_.finish(y, rows * width, epilogue.activation,
-                      epilogue.residual ? epilogue.residual + at : nullptr);
+          // Sums in y would overwrite a residual that is y.
+          float* const sums =
+              epilogue.residual == part.product->y ? scratch + thread * part_floats : y;
+          multiply(part, tile.vectors, x_tiles + tile.slot * in_, sums);
+          isa_.finish(sums, rows * width, epilogue.activation,
+                      epilogue.residual ? epilogue.residual + at : nullptr, y);
         }
       }
     }

@@ -2,10 +2,10 @@
 // y = activation(x W^T + bias) + residual for block-sparse W.
 //
 //   x         (tokens, in)   row-major, contiguous float32
-//   W         (out, in)      blocks (r, c); BSR with every block stored column by
-//   column bias      (out) or null residual  (tokens, out)  row-major, contiguous, or
-//   null; may be y itself y         (tokens, out)  row-major, contiguous; must not
-//   overlap the other inputs
+//   W         (out, in)      BSR, blocks (r, c) stored column by column
+//   bias      (out)          or null
+//   residual  (tokens, out)  row-major, contiguous, or null; may be y itself
+//   y         (tokens, out)  row-major, contiguous; overlaps no other input
 //
 // No alignment is required. Scratch belongs to the calling thread and is kept for its
 // next call: inputs of a group of token tiles (a third of L2, at least one tile a

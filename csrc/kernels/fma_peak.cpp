@@ -30,10 +30,10 @@ double best_rate(double operations, Body body) {
 }  // namespace
 
 double fma_peak() {
-  constexpr int64_t kRounds = 400'000;
+  constexpr int64_t kRounds = 200'000;
   const Variants& isa = variants(active_isa());
   volatile float sink = 0.0f;
-  const double rate = best_rate(2.0 * 12 * isa.lanes * static_cast<double>(kRounds),
+  const double rate = best_rate(2.0 * 24 * isa.lanes * static_cast<double>(kRounds),
                                 [&] { sink = isa.fma_chains(kRounds); });
   (void)sink;
   return rate;

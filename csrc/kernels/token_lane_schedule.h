@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // How the GEMM walks the blocks of a BSR matrix; derived from the pattern alone.
 //
-// A part is the unit of work of one thread: consecutive block rows with about 64 KB of
-// weights (256 KB by column) that stay in L2 while the tiles of tokens pass.
+// A part is the unit of work of one thread: consecutive block rows whose weights stay
+// in L2 while the tiles of tokens pass, up to 64 KB of them, or by column four full
+// tiles of every block column.
 //
 // By row: a tile of up to eight outputs owns its accumulators over all blocks of its
 // block row; nothing but the parts is needed. By column, for single-row blocks of at

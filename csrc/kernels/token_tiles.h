@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Activations (tokens, features) with tokens in SIMD lanes.
 //
-// Tokens are cut into tiles of max_vectors vectors, the last as narrow as its tokens
-// allow; a tile is [feature][lanes x vectors] float32 and tiles lie one after the
-// other. Lanes past the last token repeat it. The layout belongs to the active
-// instruction set.
+// Tokens are cut into as few tiles of at most max_vectors vectors as possible, of
+// widths that differ by one at most; a tile is [feature][lanes x vectors] float32 and
+// tiles lie one after the other. Lanes past the last token repeat it. The layout
+// belongs to the active instruction set.
 #pragma once
 
 #include <cstdint>

@@ -42,33 +42,34 @@ namespace {
 // Rounds between activation and residual, as unpack does: a token's bits do not depend
 // on the path that it takes.
 template <Activation kActivation>
-void finish_all(float* y, int64_t count, const float* residual) {
+void finish_all(const float* sums, int64_t count, const float* residual, float* y) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    const Vec a = rounded(activate<kActivation>(load(y + i)));
+    const Vec a = rounded(activate<kActivation>(load(sums + i)));
     store(y + i, residual ? add(a, load(residual + i)) : a);
   }
   if (i == count) return;
   const int left = static_cast<int>(count - i);
-  const Vec a = rounded(activate<kActivation>(load(y + i, left)));
+  const Vec a = rounded(activate<kActivation>(load(sums + i, left)));
   store(y + i, residual ? add(a, load(residual + i, left)) : a, left);
 }
 
 }  // namespace
 
-void finish(float* y, int64_t count, Activation activation, const float* residual) {
+void finish(const float* sums, int64_t count, Activation activation,
+            const float* residual, float* y) {
   switch (activation) {
     case Activation::none:
-      if (residual) finish_all<Activation::none>(y, count, residual);
-      return;
+      if (sums == y && !residual) return;
+      return finish_all<Activation::none>(sums, count, residual, y);
     case Activation::relu:
-      return finish_all<Activation::relu>(y, count, residual);
+      return finish_all<Activation::relu>(sums, count, residual, y);
     case Activation::gelu:
-      return finish_all<Activation::gelu>(y, count, residual);
+      return finish_all<Activation::gelu>(sums, count, residual, y);
     case Activation::gelu_tanh:
-      return finish_all<Activation::gelu_tanh>(y, count, residual);
+      return finish_all<Activation::gelu_tanh>(sums, count, residual, y);
     case Activation::silu:
-      return finish_all<Activation::silu>(y, count, residual);
+      return finish_all<Activation::silu>(sums, count, residual, y);
   }
 }
 

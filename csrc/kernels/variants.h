@@ -106,8 +106,9 @@ struct Variants {
   void (*unpack_tokens)(const float* y_tile, int64_t rows, int64_t tokens, int vectors,
                         Activation activation, const float* residual, float* y,
                         int64_t out_features);
-  // y[i] = activation(y[i]) + residual[i]; residual may be null, or y.
-  void (*finish)(float* y, int64_t count, Activation activation, const float* residual);
+  // y[i] = activation(sums[i]) + residual[i]; residual may be null, and both may be y.
+  void (*finish)(const float* sums, int64_t count, Activation activation,
+                 const float* residual, float* y);
   // y = bias + W x over block rows [first, last) for a few tokens, outputs in lanes.
   void (*multiply_few_tokens)(const BlockSparseView& weight, int64_t first,
                               int64_t last, const float* x, int64_t tokens,
@@ -121,7 +122,7 @@ struct Variants {
                                  const float* dy_tile, int vectors, float* dx_tile);
   void (*sampled_products)(const SampledProducts& products);
 
-  // 12 x rounds vector multiply-adds; the result only keeps them from being removed.
+  // 24 x rounds vector multiply-adds; the result only keeps them from being removed.
   float (*fma_chains)(int64_t rounds);
   // Reads `count` floats, a multiple of 8 x lanes, `rounds` times over; the sum only
   // keeps the loads from being removed.

@@ -19,7 +19,8 @@ void multiply_columns(const BlockSparseView& weight, ColumnTiles tiles,
 void unpack_tokens(const float* y_tile, int64_t rows, int64_t tokens, int vectors,
                    Activation activation, const float* residual, float* y,
                    int64_t out_features);
-void finish(float* y, int64_t count, Activation activation, const float* residual);
+void finish(const float* sums, int64_t count, Activation activation,
+            const float* residual, float* y);
 void multiply_few_tokens(const BlockSparseView& weight, int64_t first, int64_t last,
                          const float* x, int64_t tokens, const float* bias, float* y);
 void multiply_runs(const BlockSparseView& weight, RunTiles tiles, const float* dy_tile,

@@ -21,14 +21,14 @@ inline Vec load(const float* p) { return vld1q_f32(p); }
 inline void store(float* p, Vec a) { vst1q_f32(p, a); }
 // The first n of kLanes floats, 0 < n < kLanes; the others are zero and not touched.
 inline Vec load(const float* p, int n) {
-  float a[kLanes] = {};
-  for (int i = 0; i < n; ++i) a[i] = p[i];
-  return load(a);
+  if (n == 1) return vld1q_lane_f32(p, zero(), 0);
+  const Vec a = vcombine_f32(vld1_f32(p), vdup_n_f32(0.0f));
+  return n == 2 ? a : vld1q_lane_f32(p + 2, a, 2);
 }
 inline void store(float* p, Vec a, int n) {
-  float b[kLanes];
-  store(b, a);
-  for (int i = 0; i < n; ++i) p[i] = b[i];
+  if (n == 1) return vst1q_lane_f32(p, a, 0);
+  vst1_f32(p, vget_low_f32(a));
+  if (n == 3) vst1q_lane_f32(p + 2, a, 2);
 }
 // a as it is, rounded: what uses it is not fused with what made it.
 inline Vec rounded(Vec a) {
@@ -80,14 +80,8 @@ inline Vec pair_sums(Vec a, Vec b) { return vpaddq_f32(a, b); }
 inline Vec twice_low(Vec a) { return vzip1q_f32(a, a); }
 inline Vec twice_high(Vec a) { return vzip2q_f32(a, a); }
 // The first n lanes, 0 < n < kLanes; the others are 0. Touches no other memory.
-inline Vec load_first(const float* p, int n) {
-  float lanes[kLanes] = {};
-  for (int i = 0; i < n; ++i) lanes[i] = p[i];
-  return load(lanes);
-}
-inline void store_first(float* p, int n, Vec a) {
-  for (int i = 0; i < n; ++i) p[i] = a[i];
-}
+inline Vec load_first(const float* p, int n) { return load(p, n); }
+inline void store_first(float* p, int n, Vec a) { store(p, a, n); }
 // 1 for true, 0 for false.
 inline Vec load(const bool* p) {
   const uint32_t flags[kLanes] = {p[0], p[1], p[2], p[3]};
@@ -141,14 +135,13 @@ inline void store8(float* p, Vec8 a) {
 }
 // The first n of eight floats, 0 < n < 8; the others are zero and not touched.
 inline Vec8 load8(const float* p, int n) {
-  float a[8] = {};
-  for (int i = 0; i < n; ++i) a[i] = p[i];
-  return load8(a);
+  if (n < 4) return {load(p, n), zero()};
+  return {load(p), n == 4 ? zero() : load(p + 4, n - 4)};
 }
 inline void store8(float* p, Vec8 a, int n) {
-  float b[8];
-  store8(b, a);
-  for (int i = 0; i < n; ++i) p[i] = b[i];
+  if (n < 4) return store(p, a.low, n);
+  store(p, a.low);
+  if (n > 4) store(p + 4, a.high, n - 4);
 }
 inline Vec8 add8(Vec8 a, Vec8 b) { return {add(a.low, b.low), add(a.high, b.high)}; }
 inline Vec8 fma8(Vec8 a, float b, Vec8 c) {

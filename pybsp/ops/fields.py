@@ -15,6 +15,7 @@ def column_major_blocks(values: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             f"values must have shape (nnz, r, c); got {tuple(values.shape)}"
         )
+    values = values.resolve_neg()
     if values.transpose(1, 2).is_contiguous():
         return values
     return values.transpose(1, 2).contiguous().transpose(1, 2)

@@ -16,6 +16,7 @@ CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
 # Global names: an attribute of torch costs a twentieth of a microsecond a look-up.
 _cpu = torch.device("cpu")
 _float32 = torch.float32
+_plain_tensors = {torch.Tensor, torch.nn.Parameter}
 _get_num_threads = torch.get_num_threads
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
@@ -80,6 +81,9 @@ def block_sparse_linear(
             or not shape
             or shape[-1] != in_features
             or activation not in CODES
+            # A wrapper has no memory of its own.
+            or (bias is not None and type(bias) not in _plain_tensors)
+            or (residual is not None and type(residual) not in _plain_tensors)
         ):
             _check_linear(x, W, activation)
             return _block_sparse_linear_dispatched(x, W, bias, activation, residual)
@@ -184,6 +188,27 @@ def _check_features(x: Any, shape: tuple[int, int]) -> None:
         )
 
 
+def _autocast(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` as float32 where autocast is on: the kernels have no other type."""
+    if tensor.dtype is _float32 or tensor.is_meta:
+        return tensor
+    return tensor.float() if torch.is_autocast_enabled(tensor.device.type) else tensor
+
+
+def refuse_tangents(**tensors: torch.Tensor | None) -> None:
+    """The kernels have no forward-mode derivative; a tangent would be lost."""
+    if forward_ad._current_level < 0:
+        return
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+            raise ValueError(
+                f"block_sparse_linear has no forward-mode derivative and {name} "
+                "carries a tangent; use reverse mode, or W.to_dense()"
+            )
+
+
 def checked_bias(bias: Any, out_features: int, device: Any = _cpu) -> torch.Tensor:
     if not isinstance(bias, torch.Tensor):
         raise TypeError(
@@ -193,13 +218,14 @@ def checked_bias(bias: Any, out_features: int, device: Any = _cpu) -> torch.Tens
         raise ValueError(
             f"bias has shape {tuple(bias.shape)}; it must be (out,) = ({out_features},)"
         )
+    bias = _autocast(bias)
     if bias.dtype is not _float32:
         raise TypeError(f"bias must be float32; got {bias.dtype}; call .float() first")
     if bias.device != device:
         raise ValueError(
             f"bias is on {bias.device} and x on {device}; move one of them"
         )
-    return bias.contiguous()
+    return torch.resolve_neg(bias.contiguous())
 
 
 def checked_residual(
@@ -216,6 +242,7 @@ def checked_residual(
             f"residual has shape {tuple(residual.shape)}; it must be that of the "
             f"result, {tuple(shape)}"
         )
+    residual = _autocast(residual)
     if residual.dtype is not _float32:
         raise TypeError(
             f"residual must be float32; got {residual.dtype}; call .float() first"
@@ -224,7 +251,7 @@ def checked_residual(
         raise ValueError(
             f"residual is on {residual.device} and x on {device}; move one of them"
         )
-    return residual.contiguous()
+    return torch.resolve_neg(residual.contiguous())
 
 
 def _block_sparse_linear_numpy(
@@ -294,16 +321,9 @@ def block_sparse_linear_fields(
     """``block_sparse_linear`` on the tensors: what compile and export see."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a torch tensor; got {type(x).__name__}")
-    if forward_ad._current_level >= 0:
-        tangent = forward_ad.unpack_dual(x).tangent  # type: ignore[no-untyped-call]
-        if tangent is not None:
-            raise ValueError(
-                "block_sparse_linear has no forward-mode derivative and x carries a "
-                "tangent; use reverse mode, or W.to_dense()"
-            )
+    refuse_tangents(x=x, values=values, bias=bias)
     check_activation(activation)
-    if x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
-        x = x.float()
+    x = _autocast(x)
     if x.dtype != torch.float32:
         raise TypeError(f"x must be float32; got {x.dtype}; call .float() first")
     if values.dtype != torch.float32:
@@ -342,6 +362,7 @@ def _block_sparse_linear(
         )
     # The caller's x may be a parameter or of a class of its own.
     x = x.detach().as_subclass(torch.Tensor).resolve_neg()
+    bias = None if bias is None else bias.contiguous().resolve_neg()
     values = column_major_blocks(values)
     pattern = bind_pattern(crow_indices, col_indices, values, shape)
     return _multiply(pattern, x, values, bias, CODES[name], out_features)

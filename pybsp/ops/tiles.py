@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import _core
 from .linear import (
@@ -20,6 +21,7 @@ from .linear import (
     check_activation,
     checked_bias,
     checked_residual,
+    refuse_tangents,
 )
 
 
@@ -47,7 +49,7 @@ class TokenTiles:
 def pack_tokens(x: torch.Tensor) -> TokenTiles:
     """Transpose float32 ``(..., features)`` on the CPU into tiles."""
     _check_input(x)
-    x = x.detach().contiguous()
+    x = x.detach().contiguous().resolve_neg()
     tiles = _empty_tiles(tuple(x.shape))
     _core.pack_tiles(
         x.data_ptr(), tiles.tokens, tiles.features, tiles.data.data_ptr(),
@@ -58,7 +60,7 @@ def pack_tokens(x: torch.Tensor) -> TokenTiles:
 
 def unpack_tokens(tiles: TokenTiles) -> torch.Tensor:
     """The row-major tensor ``tiles.shape`` that the tiles hold."""
-    _check_isa(tiles)
+    _check_tiles("tiles", tiles)
     y = torch.empty(tiles.shape, dtype=torch.float32, device="cpu")
     _core.unpack_tiles(
         tiles.data.data_ptr(), tiles.tokens, tiles.features, y.data_ptr(),
@@ -80,8 +82,14 @@ def block_sparse_linear_tiles(
     ``W`` is a ``BlockSparseMatrix``; ``residual`` and ``out``, whose memory is reused,
     are tiles of the result's shape and may be the same.
     """
-    _check_isa(tiles)
+    _check_tiles("tiles", tiles)
     check_activation(activation)
+    if not hasattr(W, "pattern") or not W.values.is_cpu:
+        place = f" on {W.values.device}" if hasattr(W, "pattern") else ""
+        raise TypeError(
+            "W must be a pybsp.BlockSparseMatrix on the CPU; got "
+            f"{type(W).__name__}{place}"
+        )
     shape = (*tiles.shape[:-1], W.shape[0])
     if tiles.features != W.shape[1]:
         raise ValueError(
@@ -90,13 +98,17 @@ def block_sparse_linear_tiles(
         )
     for name, other in (("residual", residual), ("out", out)):
         if other is not None:
-            _check_isa(other)
+            _check_tiles(name, other)
             if other.shape != shape:
                 raise ValueError(
                     f"{name} holds {other.shape}; it must be that of the result, "
                     f"{shape}"
                 )
-    if out is not None and out.data.data_ptr() == tiles.data.data_ptr():
+    if (
+        out is not None
+        and tiles.tokens
+        and out.data.data_ptr() == tiles.data.data_ptr()
+    ):
         raise ValueError(
             "out is the input and would be overwritten while it is read; give other "
             "tiles"
@@ -175,13 +187,17 @@ def _plain(x: Any, calls: list[tuple[Any, ...]]) -> bool:
         return False
     if x.dtype != torch.float32 or torch._C._len_torch_dispatch_stack():
         return False
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     if not all(hasattr(W, "pattern") and W.values.is_cpu for W, *_ in calls):
         return False
     tensors = [x]
     for W, bias, _, residual in calls:
-        tensors += [W.values, *(t for t in (bias, residual) if t is not None)]
+        added = [t for t in (bias, residual) if t is not None]
+        # The single calls take or refuse what is not a tensor with memory of its own.
+        if any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in added):
+            return False
+        tensors += [W.values, *added]
     wanted = any(getattr(t, "requires_grad", False) for t in tensors)
     return not (torch.is_grad_enabled() and wanted)
 
@@ -212,11 +228,27 @@ def _check_input(x: Any) -> None:
             "tiles carry no gradient and x requires one; call this under "
             "torch.no_grad(), or use block_sparse_linear"
         )
+    refuse_tangents(x=x)
 
 
-def _check_isa(tiles: TokenTiles) -> None:
+def _check_tiles(name: str, tiles: Any) -> None:
+    if not isinstance(tiles, TokenTiles):
+        raise TypeError(
+            f"{name} must be TokenTiles; got {type(tiles).__name__}; see pack_tokens"
+        )
     if tiles.isa != _core.active_isa():
         raise ValueError(
             f"these tiles are laid out for {tiles.isa} and {_core.active_isa()} is in "
             "use; pack the tokens again"
+        )
+    data, floats = tiles.data, _core.tile_lanes(tiles.tokens) * tiles.features
+    if (
+        data.shape != (floats,)
+        or data.dtype != torch.float32
+        or not data.is_cpu
+        or not data.is_contiguous()
+    ):
+        raise ValueError(
+            f"{name} of {tiles.shape} need {floats} contiguous floats on the CPU; got "
+            f"{data.dtype} {tuple(data.shape)} on {data.device}; see pack_tokens"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -67,10 +69,27 @@ def test_the_memory_of_the_result_is_reused(isa: str) -> None:
     result = ops.block_sparse_linear_tiles(tiles, W, out=out)
     assert result is out
     assert_linear(ops.unpack_tokens(out), x, weight, what=isa)
-    # The residual may be the result's own memory.
-    before = ops.unpack_tokens(out)
-    twice = ops.block_sparse_linear_tiles(tiles, W, residual=out, out=out)
-    assert same_bits(ops.unpack_tokens(twice), 2 * before)
+
+
+@pytest.mark.parametrize("block_shape", BLOCKS, ids=str)
+def test_the_residual_may_be_the_memory_of_the_result(
+    isa: str, block_shape: Any
+) -> None:
+    _, W = matrix(block_shape)
+    for tokens in TOKENS:
+        tiles = ops.pack_tokens(torch.randn(tokens, W.shape[1]))
+        stream = ops.pack_tokens(torch.randn(tokens, W.shape[0]))
+        apart = ops.block_sparse_linear_tiles(tiles, W, None, "relu", stream)
+        result = ops.block_sparse_linear_tiles(tiles, W, None, "relu", stream, stream)
+        assert result is stream
+        expected = ops.unpack_tokens(apart)
+        assert same_bits(ops.unpack_tokens(stream), expected), (isa, tokens)
+
+
+def test_no_tokens_in_reused_memory() -> None:
+    W = BlockSparseMatrix.from_dense(torch.eye(4), (1, 1))
+    empty, out = (ops.pack_tokens(torch.empty(0, 4)) for _ in range(2))
+    assert ops.block_sparse_linear_tiles(empty, W, out=out) is out
 
 
 @pytest.mark.parametrize("block_shape", BLOCKS, ids=str)
@@ -141,6 +160,105 @@ def test_a_residual_is_added_last(isa: str, tokens: int) -> None:
             torch.from_numpy(as_numpy),
             ops.block_sparse_linear(x, W, bias) + residual,
         )
+
+
+class Named(torch.Tensor):
+    """A class of its own."""
+
+
+VIEWS: dict[str, Any] = {
+    "reversed": lambda t: t.flip(0),
+    "negative": torch._neg_view,
+    "broadcast": lambda t: t[..., :1].expand(t.shape),
+    "transposed": lambda t: t.t().contiguous().t() if t.dim() == 2 else t,
+    "parameter": lambda t: torch.nn.Parameter(t),
+    "subclass": lambda t: t.as_subclass(Named),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("tokens", [1, 50])
+def test_what_is_added_is_read_as_what_it_shows(view: str, tokens: int) -> None:
+    _, W = matrix((8, 1))
+    x = torch.randn(tokens, W.shape[1])
+    bias = VIEWS[view](torch.randn(W.shape[0]))
+    residual = VIEWS[view](torch.randn(tokens, W.shape[0]))
+    plain_bias = (bias * 1.0).detach().as_subclass(torch.Tensor)
+    plain_residual = (residual * 1.0).detach().as_subclass(torch.Tensor)
+    with torch.no_grad():
+        expected = ops.block_sparse_linear(x, W, plain_bias, None, plain_residual)
+        results = [
+            ops.block_sparse_linear(x, W, bias, None, residual),
+            ops.block_sparse_linears(x, [W], [bias], None, [residual])[0],
+        ]
+        if view != "subclass":  # which torch does not compile
+            compiled = torch.compile(ops.block_sparse_linear, backend="aot_eager")
+            results.append(compiled(x, W, bias, None, residual))
+        for y in results:
+            assert same_bits(y.as_subclass(torch.Tensor), expected)
+        if view == "negative":
+            assert same_bits(
+                ops.unpack_tokens(ops.pack_tokens(residual)), plain_residual
+            )
+            negative = BlockSparseMatrix(
+                W.crow_indices, W.col_indices, torch._neg_view(W.values), W.shape
+            )
+            assert torch.equal(
+                ops.block_sparse_linear(x, negative), -ops.block_sparse_linear(x, W)
+            )
+
+
+def test_autocast_casts_what_is_added() -> None:
+    _, W = matrix((8, 1))
+    x, bias = torch.randn(5, W.shape[1]), torch.randn(W.shape[0])
+    arguments = [t.bfloat16() for t in (x, bias, torch.randn(5, W.shape[0]))]
+    x, bias, residual = (t.float() for t in arguments)
+    expected = ops.block_sparse_linear(x, W, bias, "relu", residual)
+    with torch.autocast("cpu", torch.bfloat16):
+        for low in (x, arguments[0]):
+            y = ops.block_sparse_linear(low, W, arguments[1], "relu", arguments[2])
+            assert same_bits(y, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWarning")
+def test_tangents_are_refused_or_kept() -> None:
+    _, W = matrix((8, 1))
+    x, bias, residual = (
+        torch.randn(5, W.shape[1]), torch.randn(W.shape[0]), torch.randn(5, W.shape[0])
+    )  # fmt: skip
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual
+        tangent = torch.randn_like(residual)
+        y = ops.block_sparse_linear(x, W, bias, None, dual(residual, tangent))
+        assert same_bits(torch.autograd.forward_ad.unpack_dual(y).tangent, tangent)
+        x_dual, bias_dual = (dual(t, torch.ones_like(t)) for t in (x, bias))
+        for call in (
+            lambda: ops.block_sparse_linear(x_dual, W),
+            lambda: ops.block_sparse_linears(x_dual, [W]),
+            lambda: ops.block_sparse_linear(x, W, bias_dual),
+            lambda: ops.block_sparse_linears(x, [W], [bias_dual]),
+            lambda: ops.pack_tokens(x_dual),
+        ):
+            with pytest.raises(ValueError, match="carries a tangent"):
+                call()
+
+
+def test_a_residual_is_compiled_and_exported() -> None:
+    _, W = matrix((8, 1))
+
+    class Layer(torch.nn.Module):
+        def forward(self, x: Any, residual: Any) -> Any:
+            return ops.block_sparse_linear(x, W, None, "gelu", residual)
+
+    x, residual = torch.randn(5, W.shape[1]), torch.randn(5, W.shape[0])
+    compiled = torch.compile(Layer(), fullgraph=True, backend="aot_eager")
+    assert same_bits(compiled(x, residual), Layer()(x, residual))
+    tokens = torch.export.Dim("tokens", min=2)
+    exported = torch.export.export(
+        Layer(), (x, residual), dynamic_shapes=({0: tokens}, {0: tokens})
+    ).module()
+    x, residual = torch.randn(9, W.shape[1]), torch.randn(9, W.shape[0])
+    assert same_bits(exported(x, residual), Layer()(x, residual))
 
 
 def test_gradients_reach_the_residual() -> None:
@@ -219,6 +337,24 @@ WRONG: dict[str, Any] = {
     "biases count": (
         lambda W, x, t: ops.block_sparse_linears(x, [W, W], biases=[None]),  # noqa: ARG005
         ValueError, "1 entries for 2 matrices",
+    ),
+    "W is not packed": (
+        lambda W, x, t: ops.block_sparse_linear_tiles(t, torch.eye(4)),  # noqa: ARG005
+        TypeError, "must be a pybsp.BlockSparseMatrix",
+    ),
+    "W without memory": (
+        lambda W, x, t: ops.block_sparse_linear_tiles(  # noqa: ARG005
+            t, SimpleNamespace(pattern=W.pattern, values=W.values.to("meta"))
+        ),
+        TypeError, "on the CPU; got SimpleNamespace on meta",
+    ),
+    "not tiles": (
+        lambda W, x, t: ops.block_sparse_linear_tiles(x, W),  # noqa: ARG005
+        TypeError, "must be TokenTiles; got Tensor",
+    ),
+    "tiles of another size": (
+        lambda W, x, t: ops.unpack_tokens(replace(t, shape=(500, 4))),  # noqa: ARG005
+        ValueError, "contiguous floats",
     ),
     "linears features": (
         lambda W, x, t: ops.block_sparse_linears(x[:, 1:], [W]),  # noqa: ARG005

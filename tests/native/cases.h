@@ -9,6 +9,8 @@ namespace selftest {
 
 // `quick` keeps every kernel and every edge but fewer sizes, for slow emulators.
 void check_block_sparse_gemm(Report& report, bool quick);
+void check_products(Report& report, bool quick);
+void check_token_tiles(Report& report);
 void check_block_sparse_grad(Report& report, bool quick);
 void check_activations(Report& report, bool quick);
 void check_group_lasso(Report& report, bool quick);

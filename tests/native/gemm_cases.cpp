@@ -104,43 +104,50 @@ void GemmCase::check(Report& report, int64_t tokens, Activation activation) cons
   for (bool with_bias : {false, true}) check(report, tokens, activation, with_bias);
 }
 
+Expected GemmCase::expected(int64_t tokens, pybsp::Epilogue epilogue) const {
+  const int64_t out = weight_.shape.out, count = tokens * out;
+  Expected expected;
+  for (int64_t i = 0; i < count; ++i) {
+    const size_t at = static_cast<size_t>(i), row = static_cast<size_t>(i % out);
+    const double b = epilogue.bias ? static_cast<double>(epilogue.bias[row]) : 0.0;
+    double value = activate(epilogue.activation, sums_[at] + b);
+    // n products summed in any order lose at most n u of the magnitudes. No activation
+    // is steeper than 1.13, and their own few units in the last place are added.
+    double bound = static_cast<double>(terms_[row] + 2) * kUnitRoundoff *
+                   (magnitude_[at] + std::fabs(b));
+    if (epilogue.activation != Activation::none) {
+      bound = 1.13 * bound + 16 * kUnitRoundoff * std::fabs(value);
+    }
+    if (epilogue.residual) {
+      value += static_cast<double>(epilogue.residual[i]);
+      bound += kUnitRoundoff * (std::fabs(value) + bound);
+    }
+    expected.values.push_back(value);
+    expected.bounds.push_back(bound);
+  }
+  return expected;
+}
+
 void GemmCase::check(Report& report, int64_t tokens, Activation activation,
                      bool with_bias) const {
   const int64_t out = weight_.shape.out, count = tokens * out;
-  const float* bias = with_bias ? bias_.data() + 1 : nullptr;
+  const pybsp::Epilogue epilogue{with_bias ? bias() : nullptr, activation, nullptr};
   const std::string what = "block_sparse_gemm " + name_ + " tokens " +
                            std::to_string(tokens) + " " + activation_name(activation) +
                            (with_bias ? " bias" : "");
-  std::vector<double> want(static_cast<size_t>(count)), bound(want.size());
-  for (int64_t i = 0; i < count; ++i) {
-    const size_t at = static_cast<size_t>(i), row = static_cast<size_t>(i % out);
-    const double b = bias ? static_cast<double>(bias[row]) : 0.0;
-    want[at] = activate(activation, sums_[at] + b);
-    // n products summed in any order lose at most n u of the magnitudes. No activation
-    // is steeper than 1.13, and their own few units in the last place are added.
-    const double sum_bound = static_cast<double>(terms_[row] + 2) * kUnitRoundoff *
-                             (magnitude_[at] + std::fabs(b));
-    bound[at] = activation == Activation::none
-                    ? sum_bound
-                    : 1.13 * sum_bound + 16 * kUnitRoundoff * std::fabs(want[at]);
-  }
+  const Expected want = expected(tokens, epilogue);
   // Outputs start as NaN, so that one that is never written is found.
   const std::vector<float> unwritten(static_cast<size_t>(count), std::nanf(""));
   std::vector<float> first;
   for (int threads : {1, 2, 3}) {
     std::vector<float> y = unwritten;
-    const pybsp::Product product{
-        weight_.view(), &schedule_, {bias, activation, nullptr}, y.data()};
-    pybsp::block_sparse_gemm(&product, 1, x_.data() + 1, tokens, threads);
+    const pybsp::Product one = product(epilogue, y.data());
+    pybsp::block_sparse_gemm(&one, 1, x(), tokens, threads);
     if (threads == 1) {
-      report.close(what, y.data(), want.data(), bound.data(), count, out);
+      report.close(what, y.data(), want.values.data(), want.bounds.data(), count, out);
       first = y;
-      // 48 tokens are whole tiles on every instruction set; a few tokens of wide
-      // single-row blocks are summed in as many parts as there are lanes.
-      const bool by_column =
-          weight_.shape.r == 1 && weight_.shape.c >= pybsp::kMinColumnRun;
-      const bool ordered = !by_column || tokens % 48 == 0;
-      (ordered ? report.tiles : report.rest).add(y.data(), count);
+      // 48 tokens are whole tiles on every instruction set.
+      (ordered() || tokens % 48 == 0 ? report.tiles : report.rest).add(y.data(), count);
     } else {
       report.same_bits(what + " on " + std::to_string(threads) + " threads",
                        first.data(), y.data(), count, out);

@@ -25,13 +25,32 @@ struct BlockSparse {
   std::vector<float> values;
 };
 
-// Runs one matrix on the first `tokens` of its rows of x, for several counts.
+// In double precision, and by how much float32 may differ.
+struct Expected {
+  std::vector<double> values, bounds;
+};
+
+// Runs one matrix on the first `tokens` of its rows of x, for several counts. Cases of
+// one seed, `in` and max_tokens have the same x.
 class GemmCase {
  public:
   GemmCase(GemmShape shape, double density, int64_t max_tokens, uint64_t seed);
 
   // With and without bias, bit-equal on 1, 2 and 3 threads.
   void check(Report& report, int64_t tokens, pybsp::Activation activation) const;
+
+  const std::string& name() const { return name_; }
+  const GemmShape& shape() const { return weight_.shape; }
+  const float* x() const { return x_.data() + 1; }
+  const float* bias() const { return bias_.data() + 1; }
+  // Whether a token has the same bits in any batch.
+  bool ordered() const {
+    return weight_.shape.r > 1 || weight_.shape.c < pybsp::kMinColumnRun;
+  }
+  pybsp::Product product(pybsp::Epilogue epilogue, float* y) const {
+    return {weight_.view(), &schedule_, epilogue, y};
+  }
+  Expected expected(int64_t tokens, pybsp::Epilogue epilogue) const;
 
  private:
   void check(Report& report, int64_t tokens, pybsp::Activation activation,

@@ -49,8 +49,8 @@ class Report {
                  int64_t cols);
   void require(const std::string& what, bool holds);
 
-  // Outputs of the token tiles, which are the same for all ISAs with a fused
-  // multiply-add, and all others, which depend on the number of lanes.
+  // Outputs that are the same for all ISAs with a fused multiply-add, and all others,
+  // which depend on the number of lanes.
   Hash tiles, rest;
 
   int64_t checks() const { return checks_; }
