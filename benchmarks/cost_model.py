@@ -3,7 +3,8 @@
 Fits a new model, then measures layers with warm weights, as the model defines a time:
 the best call of several in a row, in sweeps. First those on a grid of BERT, MiniLM and
 odd sizes, which was looked at while the terms of the model were chosen; then fresh ones
-of other sizes, blocks, densities and tokens, drawn anew.
+of other sizes, blocks, densities and tokens, drawn anew. Last, how much longer a call
+takes between other layers than in a row of calls.
 
     python -m benchmarks.cost_model [--calls 1200] [--fresh 800] [--threads 1]
 """
@@ -11,6 +12,7 @@ of other sizes, blocks, densities and tokens, drawn anew.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -25,7 +27,7 @@ import pybsp
 from benchmarks import result
 from pybsp.cli.timing import torch_threads
 from pybsp.costs import Call, CostModel
-from pybsp.costs.measurement import measure
+from pybsp.costs.measurement import Layers, best_times, measure
 
 SHAPES = [
     (768, 768), (3072, 768), (768, 3072),
@@ -52,6 +54,8 @@ FRESH_BLOCKS = [
     (8, 1), (16, 1), (4, 1), (32, 1), (16, 4), (8, 8), (4, 4), (16, 16), (1, 32),
     (1, 128), (1, -8), (1, -4),
 ]  # fmt: skip
+#: Bytes of the weights of other layers.
+OTHERS = 75_000_000
 #: Calls measured together; all their weights are in memory at once.
 GROUP = 32
 
@@ -109,6 +113,33 @@ def compare(model: CostModel, drawn: list[Call]) -> list[dict[str, Any]]:
     return rows
 
 
+def between_others() -> list[dict[str, Any]]:
+    """Best times in a row of calls, and medians of calls after a read of OTHERS.
+
+    ``(8, 1)`` blocks at density 0.2, and dense.
+    """
+    others = torch.randn(OTHERS // 4)
+    rows: list[dict[str, Any]] = []
+    for shape, tokens in itertools.product([(768, 768), (3072, 768)], [1, 4, 16, 128]):
+        layers = Layers()
+        kinds = {
+            "sparse": Call.sparse(tokens, shape, (8, 1), 0.2),
+            "dense": Call(tokens, shape),
+        }
+        row: dict[str, Any] = {"tokens": tokens, "shape": list(shape)}
+        with torch.inference_mode():
+            calls = {kind: layers.runnable(call) for kind, call in kinds.items()}
+            for kind, call in calls.items():
+                row[f"{kind}_us"] = round(best_times([call], sweeps=5)[0], 1)
+                after = []
+                for _ in range(25):
+                    others.sum()
+                    after += best_times([call], sweeps=1, repeats=1)
+                row[f"{kind}_after_others_us"] = round(float(np.median(after)), 1)
+        rows.append(row)
+    return rows
+
+
 def measure_all(calls: int = 1200, fresh: int = 800, seed: int = 0) -> dict[str, Any]:
     """Fit, then the errors for both kinds of layers."""
     peaks = [pybsp.ops.fma_peak()]
@@ -126,6 +157,7 @@ def measure_all(calls: int = 1200, fresh: int = 800, seed: int = 0) -> dict[str,
         "peak_gflops": [round(min(peaks) / 1e9, 1), round(max(peaks) / 1e9, 1)],
         "errors": errors(rows),
         "fresh_errors": errors(fresh_rows),
+        "between_others": between_others(),
         "rows": rows,
         "fresh_rows": fresh_rows,
     }
@@ -198,6 +230,8 @@ def main() -> None:
         data = measure_all(arguments.calls, arguments.fresh, arguments.seed)
     for name in ("errors", "fresh_errors"):
         print_errors(name.replace("_", " "), data[name])
+    for row in data["between_others"]:
+        print(*(f"{key} {value}" for key, value in row.items()), sep=", ")
     low, high = data["peak_gflops"]
     print(f"fitted in {data['fit_seconds']} s; FMA peak {low}-{high} GFLOP/s meanwhile")
     for name in ("rows", "fresh_rows"):
