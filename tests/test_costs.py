@@ -27,9 +27,18 @@ from pybsp.costs import (
     model,
 )
 from pybsp.costs import linear as costs_linear
-from pybsp.costs.terms import dense_terms, portions, sparse_terms, spread, steps
+from pybsp.costs.terms import (
+    Machine,
+    dense_terms,
+    few_tokens,
+    portions,
+    sparse_terms,
+    spread,
+    steps,
+    tile_widths,
+)
 
-LANES, MAX_VECTORS = 8, 3
+MACHINE = Machine(lanes=8, max_vectors=3)
 
 
 def synthetic_sparse() -> list[tuple[dict[str, float], float]]:
@@ -37,8 +46,8 @@ def synthetic_sparse() -> list[tuple[dict[str, float], float]]:
     draw = random.Random(1)
     true: dict[str, float] = {}
     rows = []
-    for call in measurement.sparse_calls(LANES, MAX_VECTORS):
-        terms = sparse_terms(call, LANES, MAX_VECTORS)
+    for call in measurement.sparse_calls(MACHINE):
+        terms = sparse_terms(call, MACHINE)
         for name, amount in terms.items():
             # Every term is a like part of a typical call.
             true.setdefault(name, draw.uniform(0.5, 1) / max(amount, 1.0))
@@ -98,7 +107,7 @@ def synthetic() -> CostModel:
     calls = measurement.dense_calls()
     times = [1 + 1e-5 * call.tokens * call.weights for call in calls]
     dense = fit([dense_terms(call) for call in calls], times)
-    return CostModel(sparse, dense, LANES, MAX_VECTORS)
+    return CostModel(sparse, dense, MACHINE)
 
 
 @pytest.mark.parametrize("block_shape", [(8, 1), (4, 4), (32, 32), (1, 64), (1, 1)])
@@ -116,7 +125,7 @@ def test_more_blocks_never_take_less_time(
 
 def test_more_tokens_never_take_less_time(synthetic: CostModel) -> None:
     """From whole tiles on: which way fewer tokens go is the kernel's choice."""
-    whole = LANES * MAX_VECTORS
+    whole = MACHINE.lanes * MACHINE.max_vectors
     for rest in range(1, whole + 1, 5):
         times = [
             synthetic.predict_sparse(whole * tiles + rest, (768, 1024), (8, 1), 0.2)
@@ -129,26 +138,44 @@ def test_more_tokens_never_take_less_time(synthetic: CostModel) -> None:
 
 def test_dense_times_are_straight_lines_between_measured_tokens() -> None:
     found = Fit({"dense96.call": 10.0, "dense128.call": 20.0, "dense512.call": 80.0}, 0)
-    model = CostModel(Fit({}, 0), found, LANES, MAX_VECTORS)
+    model = CostModel(Fit({}, 0), found, MACHINE)
     assert model.predict_dense(96, (64, 64)) == 10.0
     assert model.predict_dense(104, (64, 64)) == pytest.approx(12.5)
     assert model.predict_dense(1024, (64, 64)) == 160.0
 
 
+def test_tokens_are_taken_as_the_kernels_take_them() -> None:
+    """Few: the rest of a vector, up to half of it and four. Tiles of similar width."""
+    assert [few_tokens(tokens, 16) for tokens in (4, 5, 16, 17, 37, 96)] == [
+        4, 0, 0, 1, 0, 0,
+    ]  # fmt: skip
+    assert [few_tokens(tokens, 4) for tokens in (2, 3, 6)] == [2, 0, 2]
+    assert [tile_widths(vectors, 3) for vectors in (1, 3, 4, 5, 7, 8)] == [
+        {1: 1}, {3: 1}, {2: 2}, {3: 1, 2: 1}, {3: 1, 2: 2}, {3: 2, 2: 1},
+    ]  # fmt: skip
+
+
+def test_terms_of_a_rest_are_those_of_few_tokens_alone() -> None:
+    layer = (768, 1024), (8, 1), 0.2
+    both, tiles, few = (
+        sparse_terms(Call.sparse(tokens, *layer), MACHINE) for tokens in (27, 24, 3)
+    )
+    assert few.pop("few.call") == 1
+    assert both == tiles | few
+
+
 def small_model(sparse_error: float = 0.1) -> CostModel:
     """Dense: 1 us a token. Sparse: 64 us of 64 tokens at density 1."""
-    lanes, max_vectors = ops.token_tile()
+    machine = measurement.this_machine()
     dense = Fit({f"dense{at}.call": float(at) for at in (1, 48, 64, 80, 512)}, 0.0)
     call = Call.sparse(64, (64, 64), (8, 1), 1.0)
     strips = {
         name: amount
-        for name, amount in sparse_terms(call, lanes, max_vectors).items()
+        for name, amount in sparse_terms(call, machine).items()
         if "strip" in name and amount
     }
     each = 64 / sum(strips.values())
-    return CostModel(
-        Fit(dict.fromkeys(strips, each), sparse_error), dense, lanes, max_vectors
-    )
+    return CostModel(Fit(dict.fromkeys(strips, each), sparse_error), dense, machine)
 
 
 def test_expected_cost_measures_only_what_is_close(
@@ -212,6 +239,8 @@ def test_a_model_is_measured_once_and_kept(
         lambda text: text.replace('"error": 0.1', '"error": NaN'),
         lambda text: text.replace('"error": 0.1', '"error": -1'),
         lambda text: text.replace('"lanes": ', '"lanes": 7'),
+        lambda text: text.replace('"lanes": ', '"strips": '),
+        lambda text: text.replace('"l2_bytes": ', '"l2_bytes": 7'),
         lambda _: "\x00\xff",
     ],
 )
@@ -253,7 +282,7 @@ def test_another_cpu_build_or_thread_count_is_another_model(
 @pytest.mark.usefixtures("empty_cache")
 def test_each_instruction_set_has_its_own_model(isa: str) -> None:
     assert cache.cache_key()["isa"] == isa
-    assert CostModel.load_or_fit().lanes == ops.token_tile()[0]
+    assert CostModel.load_or_fit().machine.lanes == ops.token_tile()[0]
 
 
 def test_a_folder_that_cannot_be_written_to_is_a_warning(
@@ -395,11 +424,12 @@ def test_measured_layers_have_exactly_their_blocks(
 @pytest.mark.parametrize(("lanes", "max_vectors"), [(4, 3), (8, 3), (16, 3), (16, 2)])
 def test_every_term_is_measured_often_enough(lanes: int, max_vectors: int) -> None:
     seen: dict[str, int] = {}
-    for call in measurement.sparse_calls(lanes, max_vectors):
-        for name, amount in sparse_terms(call, lanes, max_vectors).items():
+    machine = Machine(lanes, max_vectors)
+    for call in measurement.sparse_calls(machine):
+        for name, amount in sparse_terms(call, machine).items():
             seen[name] = seen.get(name, 0) + (amount > 0)
     for tokens in range(1, 40 * lanes):
         for block_shape in ((8, 1), (16, 4), (1, 96)):
             call = Call.sparse(tokens, (768, 768), block_shape, 0.2)
-            for name, amount in sparse_terms(call, lanes, max_vectors).items():
+            for name, amount in sparse_terms(call, machine).items():
                 assert amount == 0 or seen.get(name, 0) >= 2, (name, tokens)

@@ -22,7 +22,7 @@ import torch
 from .. import ops
 
 #: Raised whenever the terms of the model or the calls it is fitted to change.
-FORMAT = 1
+FORMAT = 2
 
 
 def cache_key() -> dict[str, str | int]:

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import ops
 from ..blocks import BlockShape
 from . import cache, measurement
 from .cost import Cost
-from .terms import Call, Terms, dense_terms, sparse_terms
+from .terms import Call, Machine, Terms, dense_terms, sparse_terms
 
 
 @dataclass(frozen=True)
@@ -36,13 +35,12 @@ class Fit:
 class CostModel:
     """Predicts microseconds of linear layers, for the CPU and threads it was fitted on.
 
-    ``lanes`` and ``max_vectors`` are the tile of tokens of the instruction set in use.
+    ``machine`` has the tile of tokens of the instruction set in use.
     """
 
     sparse: Fit
     dense: Fit
-    lanes: int
-    max_vectors: int
+    machine: Machine
 
     @classmethod
     def load_or_fit(cls) -> CostModel:
@@ -59,20 +57,20 @@ class CostModel:
 
     @classmethod
     def fit(cls, sweeps: int = 2, seconds: float = 4.0) -> CostModel:
-        """Measure about two thousand small calls now.
+        """Measure about fifteen hundred small calls now.
 
         No second sweep over them begins after ``seconds``.
         """
-        lanes, max_vectors = ops.token_tile()
-        calls = measurement.sparse_calls(lanes, max_vectors)
+        machine = measurement.this_machine()
+        calls = measurement.sparse_calls(machine)
         sparse = fit(
-            [sparse_terms(call, lanes, max_vectors) for call in calls],
+            [sparse_terms(call, machine) for call in calls],
             measurement.measure(calls, sweeps, 0.7 * seconds),
         )
         calls = measurement.dense_calls()
         times = measurement.measure(calls, sweeps, 0.3 * seconds)
         dense = fit([dense_terms(call) for call in calls], times)
-        return cls(sparse, dense, lanes, max_vectors)
+        return cls(sparse, dense, machine)
 
     def predict_sparse(
         self,
@@ -83,7 +81,7 @@ class CostModel:
     ) -> float:
         """Microseconds of ``pybsp.block_sparse_linear`` with a bias."""
         call = Call.sparse(tokens, shape, block_shape, density)
-        return self.sparse.predict(sparse_terms(call, self.lanes, self.max_vectors))
+        return self.sparse.predict(sparse_terms(call, self.machine))
 
     def predict_dense(self, tokens: int, shape: tuple[int, int]) -> float:
         """Microseconds of ``torch.nn.functional.linear`` with a bias."""
@@ -117,8 +115,7 @@ class CostModel:
                 )
                 for kind in ("sparse", "dense")
             )
-            tile = int(found["lanes"]), int(found["max_vectors"])
-            model = cls(sparse, dense, *tile)
+            model = cls(sparse, dense, Machine(**found["machine"]))
         except (AttributeError, KeyError, TypeError, ValueError):
             return None
         return model if model._is_sound() else None
@@ -128,7 +125,7 @@ class CostModel:
         numbers = [v for each in fits for v in each.coefficients.values()]
         numbers += [each.error for each in fits]
         return (
-            (self.lanes, self.max_vectors) == ops.token_tile()
+            self.machine == measurement.this_machine()
             and all(math.isfinite(v) and v >= 0 for v in numbers)
             and all(any(each.coefficients.values()) for each in fits)
         )

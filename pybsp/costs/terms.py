@@ -5,8 +5,8 @@ time of one unit on this CPU, comes from a fit (``model.py``); nothing here know
 fast anything is. Coefficients are not negative and no amount falls when blocks are
 added, so that more blocks never take less time.
 
-Regimes of tokens, by the ``lanes`` tokens of a vector: every number below one vector is
-its own; one and two vectors are; more are whole tiles of ``max_vectors`` and a rest.
+Regimes of tokens: one, two and four of a few tokens, and tiles by their width. A call
+is a sum of these: 35 tokens on 16 lanes are a tile of two vectors, two tokens and one.
 """
 
 from __future__ import annotations
@@ -26,14 +26,26 @@ TILE_ROWS = 8
 PAGE = 4096
 
 ROWS = (1, 2, 4, 8, 16, 32)
-RUNS = (8, 32, 128)
-#: Kept blocks of one block column that can share its inputs.
-SHARING = (4, 16, 64, 256)
+RUNS = (8, 128)
+#: Most rows of a part by column, and kept blocks of its columns that share inputs.
+PART_ROWS = 1024
+SHARING = (1, 4, 16)
 #: Bytes around the sizes of the caches of all CPUs.
 WEIGHT_BYTES = (2**15, 2**18, 2**20, 2**22, 2**24)
+#: Within L2; past it there are other terms.
+FEW_BYTES = (2**15, 2**18)
 TILE_BYTES = (2**16, 2**18, 2**20, 2**21, 2**22)
 
 Terms = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the terms depend on: the tile of tokens in use, and the size of L2."""
+
+    lanes: int
+    max_vectors: int
+    l2_bytes: int = 2**20
 
 
 @dataclass(frozen=True)
@@ -119,43 +131,93 @@ def aliasing(stride: int) -> bool:
     return 4 * stride % PAGE == 0
 
 
-def sparse_terms(call: Call, lanes: int, max_vectors: int) -> Terms:
+def few_tokens(tokens: int, lanes: int) -> int:
+    """Of ``tokens``, those that are multiplied one, two or four at a time."""
+    rest = tokens % lanes
+    return rest if rest <= min(4, lanes // 2) else 0
+
+
+def tile_widths(vectors: int, max_vectors: int) -> dict[int, int]:
+    """Tiles by their number of vectors: as few as possible, of similar width."""
+    tiles = -(-vectors // max_vectors)
+    width, wider = divmod(vectors, tiles)
+    return {w: n for w, n in ((width + 1, wider), (width, tiles - wider)) if n}
+
+
+def sparse_terms(call: Call, machine: Machine) -> Terms:
     """The terms of ``block_sparse_linear``."""
+    few = few_tokens(call.tokens, machine.lanes)
+    tokens = call.tokens - few
+    terms = _tile_terms(call, tokens, machine) if tokens else {"few.call": 1.0}
+    for size in (4, 2, 1):
+        if few & size:
+            terms |= _few_terms(call, size, machine)
+    return terms
+
+
+def _few_terms(call: Call, tokens: int, machine: Machine) -> Terms:
+    """One pass over the weights for ``tokens`` tokens: 1, 2 or 4."""
+    rows, cols = call.block_shape
+    regime = f"few{tokens}."
+    by_column = _by_column(call.block_shape)
+    kind = "column" if by_column else "row"
+    terms: Terms = {
+        f"{regime}out": call.shape[0],
+        f"{regime}{kind}.block_rows": call.shape[0] // rows,
+    }
+    if by_column:
+        runs = call.weights // cols
+        terms[f"{regime}runs"] = runs
+        terms[f"{regime}tails"] = runs * (cols % machine.lanes)
+        products = spread(f"{regime}run", call.weights, cols, RUNS)
+    else:
+        products = _by_row(regime, call.weights, call.block_shape)
+    # Past L2 reading the weights takes the time, unless multiplying takes longer.
+    read = past_l2(call, machine) * call.weights
+    if by_column:
+        terms |= spread(f"{regime}runs.past", read, cols, RUNS)
+    else:
+        terms |= spread(f"{regime}past", read, rows, ROWS)
+    return terms | products | portions(f"{regime}bytes", 4, 4 * call.weights, FEW_BYTES)
+
+
+def past_l2(call: Call, machine: Machine) -> float:
+    """The part of the weights that L2 no longer keeps for the next call, 0 to 1."""
+    return min(max((4 * call.weights / machine.l2_bytes - 0.7) / 0.55, 0.0), 1.0)
+
+
+def _tile_terms(call: Call, tokens: int, machine: Machine) -> Terms:
+    lanes = machine.lanes
     out_features, in_features = call.shape
-    block_rows = out_features // call.block_shape[0]
-    vectors = -(-call.tokens // lanes)
-    weight_bytes = 4 * call.weights
-    terms: Terms = {}
-    if call.tokens < lanes:
-        regime = f"tokens{call.tokens}."
-        terms[f"{regime}call"] = 1
-        terms[f"{regime}in"] = in_features
-        terms[f"{regime}out"] = out_features
-        terms[f"{regime}block_rows"] = block_rows
-        terms |= _multiply(regime, 1, call)
-        if _by_column(call.block_shape):
-            tail = call.block_shape[1] % lanes
-            terms[f"{regime}tails"] = call.weights // call.block_shape[1] * tail
-        terms |= portions(f"{regime}bytes", 4, weight_bytes, WEIGHT_BYTES)
-        return terms
-    x_floats, y_floats = vectors * in_features, call.tokens * out_features
-    x_bytes = 4 * lanes * x_floats
-    terms["call"] = 1
-    terms |= portions("in", 4 * lanes, x_bytes, TILE_BYTES)
+    vectors = -(-tokens // lanes)
+    x_floats, y_floats = vectors * in_features, tokens * out_features
+    terms: Terms = {"call": 1}
+    terms |= portions("in", 4 * lanes, 4 * lanes * x_floats, TILE_BYTES)
     terms |= portions("out", 4, 4 * y_floats, TILE_BYTES)
     terms["in_aliasing"] = x_floats * aliasing(in_features)
     terms["in_tail"] = vectors * (in_features % lanes)
-    terms["out_tail"] = call.tokens * (out_features % lanes)
+    terms["out_tail"] = tokens * (out_features % lanes)
     terms["out_aliasing"] = y_floats * aliasing(out_features)
-    terms |= portions("bytes", 4, weight_bytes, WEIGHT_BYTES)
-    terms |= steps("loads", vectors * _visits(call), x_bytes, TILE_BYTES)
-    whole, rest = divmod(vectors, max_vectors)
-    regimes = {f"vectors{vectors}.": 1}
-    if whole:
-        regimes = {"tile.": whole, f"rest{rest}.": 1} if rest else {"tile.": whole}
-    for regime, times in regimes.items():
-        terms[f"{regime}block_rows"] = times * block_rows
-        terms |= _multiply(regime, times, call)
+    by_column = _by_column(call.block_shape)
+    kind = "column" if by_column else "row"
+    terms |= portions(f"{kind}.bytes", 4, 4 * call.weights, WEIGHT_BYTES)
+    block_rows = out_features // call.block_shape[0]
+    past = past_l2(call, machine)
+    # So many tiles of inputs share L2 with the part of the weights that they meet.
+    widest = 4 * lanes * machine.max_vectors * in_features
+    held = max(1.0, machine.l2_bytes / 3 / widest)
+    for width, tiles in tile_widths(vectors, machine.max_vectors).items():
+        regime = f"tile{width}."
+        tile_bytes = 4 * lanes * width * in_features
+        terms[f"{regime}{kind}.block_rows"] = tiles * block_rows
+        terms |= steps(f"{regime}loads", tiles * _loads(call), tile_bytes, TILE_BYTES)
+        read = past * call.weights * max(1.0, tiles / held)
+        terms[f"{regime}{kind}.past"] = read
+        if by_column:
+            terms |= _by_columns(regime, tiles, call)
+            terms[f"{regime}runs.past"] = read / call.block_shape[1]
+        else:
+            terms |= _by_row(regime, tiles * call.weights, call.block_shape)
     return terms
 
 
@@ -163,22 +225,14 @@ def _by_column(block_shape: BlockShape) -> bool:
     return block_shape[0] == 1 and block_shape[1] >= COLUMN_RUN
 
 
-def _visits(call: Call) -> float:
-    """Loads of one input feature."""
-    if _by_column(call.block_shape):
-        return call.weights / TILE_ROWS
-    return call.weights / min(call.block_shape[0], TILE_ROWS)
+def _loads(call: Call) -> float:
+    """Loads of one input feature that need not be in L1."""
+    return call.weights / (8 if _by_column(call.block_shape) else call.block_shape[0])
 
 
-def _multiply(regime: str, times: float, call: Call) -> Terms:
-    """The products, by how many outputs share an input and inputs follow each other."""
-    rows, cols = call.block_shape
-    amount = times * call.weights
-    if _by_column(call.block_shape):
-        sharing, unit = call.weights / call.shape[1], 1 / (times * call.shape[1])
-        terms = spread(f"{regime}run", amount, cols, RUNS)
-        terms |= portions(f"{regime}sharing", unit, sharing, SHARING)
-        return terms
+def _by_row(regime: str, amount: float, block_shape: BlockShape) -> Terms:
+    """The products of blocks, by how many outputs share an input."""
+    rows, cols = block_shape
     kind = "strip" if cols == 1 else "block"
     terms = spread(f"{regime}{kind}", amount, rows, ROWS)
     if cols > 1:
@@ -186,12 +240,22 @@ def _multiply(regime: str, times: float, call: Call) -> Terms:
     return terms
 
 
+def _by_columns(regime: str, tiles: float, call: Call) -> Terms:
+    """The products of runs, by their length and how many of a part share inputs."""
+    parts = max(1.0, call.shape[0] / PART_ROWS)
+    sharing = call.weights / call.shape[1] / parts
+    terms = spread(f"{regime}run", tiles * call.weights, call.block_shape[1], RUNS)
+    terms[f"{regime}runs"] = tiles * call.weights / call.block_shape[1]
+    unit = 1 / (tiles * parts * call.shape[1])
+    return terms | portions(f"{regime}sharing", unit, sharing, SHARING)
+
+
 #: Numbers of tokens at which torch's dense layer is measured.
 DENSE_TOKENS = (
     1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 20, 24, 31, 32, 40, 48,
     64, 80, 96, 128, 192, 256, 384, 512,
 )  # fmt: skip
-DENSE_BYTES = (2**18, 2**20, 2**22, 2**24)
+DENSE_BYTES = (2**18, 2**20, 2**21, 2**22, 2**24)
 
 
 def dense_terms(call: Call) -> Terms:
