@@ -24,6 +24,7 @@ constexpr int64_t kGroupFloats = 96 * 1024;
 constexpr int64_t kPanelTokens = 384;
 // The features of each input that meet are chunks of 640 KB: both stay in L2.
 constexpr int64_t kChunkFloats = 160 * 1024;
+constexpr int64_t kPassingFloats = 32 * 1024;
 // Features transposed for a whole panel before the next: each is a page of its own, and
 // so many are found again without a walk of the page tables.
 constexpr int64_t kPackFeatures = 128;
@@ -237,6 +238,7 @@ class GradValues {
     int64_t own_step;  // from vector to vector of the groups
     int64_t group_chunk;
     int64_t other_chunk;
+    bool stream;
   };
   // The groups and the others of one thread.
   struct Share {
@@ -257,7 +259,7 @@ class GradValues {
                    float* shared) const;
   void multiply_panel(const Panel& panel, Share share, Scratch& scratch) const;
   void multiply(const Panel& panel, int64_t group, const float* own, Range others,
-                Scratch& scratch) const;
+                int64_t held, Scratch& scratch) const;
   std::vector<Share> split(int threads) const;
 
   const BlockSparseView& weight_;
@@ -278,15 +280,19 @@ GradValues::Panel GradValues::panel(int64_t tokens) const {
   // An odd number of vectors: with a power of two all features would meet in one set
   // of L1.
   panel.width = (panel.vectors | 1) * lanes;
-  const auto chunk = [&](const Side& side) {
+  const auto chunk = [&](const Side& side, int64_t floats) {
     const int64_t all = side.features / side.extent;
-    const int64_t most =
-        std::max<int64_t>(1, kChunkFloats / (panel.width * side.extent));
+    const int64_t most = std::max<int64_t>(1, floats / (panel.width * side.extent));
     const int64_t chunks = (all + most - 1) / most;
     return (all + chunks - 1) / chunks;
   };
-  panel.group_chunk = chunk(own_);
-  panel.other_chunk = chunk(shared_);
+  const int64_t groups = own_.features / own_.extent;
+  const int64_t others = shared_.features / shared_.extent;
+  panel.other_chunk = chunk(shared_, kChunkFloats);
+  // Groups that are read once need not stay.
+  panel.group_chunk =
+      chunk(own_, panel.other_chunk == others ? kPassingFloats : kChunkFloats);
+  panel.stream = panel.other_chunk < others && panel.group_chunk == groups;
   // Eight lines on in L1 from vector to vector: as many features are read together.
   const int64_t lines = (panel.group_chunk * own_.extent * lanes + 15) / 16;
   panel.own_step = ((lines + 63) / 64 * 64 + 8) * 16;
@@ -327,9 +333,10 @@ void GradValues::pack_shared(const Panel& panel, int64_t first, int64_t last,
   }
 }
 
-// Adds the products of the blocks of one group with the `others` that `shared` holds.
+// Adds the products of the blocks of one group with `others`; scratch.shared starts
+// with number `held`.
 void GradValues::multiply(const Panel& panel, int64_t group, const float* own,
-                          Range others, Scratch& scratch) const {
+                          Range others, int64_t held, Scratch& scratch) const {
   const int64_t r = weight_.block_rows, c = weight_.block_cols;
   scratch.features.clear();
   scratch.dst.clear();
@@ -341,7 +348,7 @@ void GradValues::multiply(const Panel& panel, int64_t group, const float* own,
     const int64_t block = by_column_ ? index_.blocks[at(i)] : i;
     for (int64_t j = 0; j < shared_.extent; ++j) {
       scratch.features.push_back(
-          static_cast<int32_t>((*other - others.first) * shared_.extent + j));
+          static_cast<int32_t>((*other - held) * shared_.extent + j));
       scratch.dst.push_back(block * r * c + (by_column_ ? j : j * r));
     }
   }
@@ -360,23 +367,26 @@ void GradValues::multiply(const Panel& panel, int64_t group, const float* own,
   isa_.sampled_products(products);
 }
 
+// The others are transposed all at once, or chunk by chunk if all groups are held and
+// every chunk is read but once.
 void GradValues::multiply_panel(const Panel& panel, Share share,
                                 Scratch& scratch) const {
-  const bool once = share.groups.last - share.groups.first <= panel.group_chunk;
-  for (int64_t other = share.others.first; other < share.others.last;
-       other += panel.other_chunk) {
-    const Range others{other, std::min(share.others.last, other + panel.other_chunk)};
-    pack_shared(panel, others.first * shared_.extent, others.last * shared_.extent,
-                scratch.shared);
-    for (int64_t chunk = share.groups.first; chunk < share.groups.last;
-         chunk += panel.group_chunk) {
-      const int64_t end = std::min(share.groups.last, chunk + panel.group_chunk);
-      if (!once || other == share.others.first) {
-        pack_own(panel, chunk * own_.extent, end * own_.extent, scratch.own);
-      }
+  const auto pack_others = [&](int64_t first, int64_t last) {
+    pack_shared(panel, first * shared_.extent, last * shared_.extent, scratch.shared);
+  };
+  if (!panel.stream) pack_others(share.others.first, share.others.last);
+  for (int64_t chunk = share.groups.first; chunk < share.groups.last;
+       chunk += panel.group_chunk) {
+    const int64_t end = std::min(share.groups.last, chunk + panel.group_chunk);
+    pack_own(panel, chunk * own_.extent, end * own_.extent, scratch.own);
+    for (int64_t other = share.others.first; other < share.others.last;
+         other += panel.other_chunk) {
+      const Range others{other, std::min(share.others.last, other + panel.other_chunk)};
+      if (panel.stream) pack_others(others.first, others.last);
+      const int64_t held = panel.stream ? others.first : share.others.first;
       for (int64_t group = chunk; group < end; ++group) {
         multiply(panel, group, scratch.own + (group - chunk) * own_.extent * isa_.lanes,
-                 others, scratch);
+                 others, held, scratch);
       }
     }
   }
