@@ -3,13 +3,13 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <utility>
 #include <vector>
 
+#include "kernels/token_tiles.h"
 #include "kernels/variants.h"
 #include "runtime/isa.h"
+#include "runtime/scratch.h"
 #include "runtime/threads.h"
 
 namespace pybsp {
@@ -24,6 +24,7 @@ constexpr int64_t kGroupFloats = 96 * 1024;
 constexpr int64_t kPanelTokens = 384;
 // The features of each input that meet are chunks of 640 KB: both stay in L2.
 constexpr int64_t kChunkFloats = 160 * 1024;
+constexpr int64_t kPassingFloats = 32 * 1024;
 // Features transposed for a whole panel before the next: each is a page of its own, and
 // so many are found again without a walk of the page tables.
 constexpr int64_t kPackFeatures = 128;
@@ -32,16 +33,8 @@ constexpr int64_t kSerialWork = 500'000;
 
 size_t at(int64_t i) { return static_cast<size_t>(i); }
 
-struct AlignedDelete {
-  void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-using AlignedFloats = std::unique_ptr<float[], AlignedDelete>;
-
-AlignedFloats allocate(int64_t count) {
-  const size_t bytes = at(std::max<int64_t>(count, 16)) * sizeof(float);
-  return AlignedFloats(
-      static_cast<float*>(::operator new[](bytes, std::align_val_t{64})));
-}
+// Floats of whole cache lines.
+int64_t in_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
 
 int64_t number_of_blocks(const BlockSparseView& weight) {
   return weight.crow_indices[weight.out_features / weight.block_rows];
@@ -51,6 +44,21 @@ int useful_threads(const BlockSparseView& weight, int64_t tokens, int threads) {
   const int64_t work =
       number_of_blocks(weight) * weight.block_rows * weight.block_cols * tokens;
   return work < kSerialWork ? 1 : std::max(threads, 1);
+}
+
+// How the threads share the tiles: `groups` of them take other tokens, and the `teams`
+// of each group other parts of dx. Every thread transposes what it reads, so that none
+// waits for lines in the cache of another core.
+struct ThreadSplit {
+  int64_t groups;
+  int64_t teams;
+};
+
+ThreadSplit split_threads(int64_t vectors, int threads) {
+  // Two vectors a thread: one alone has too few sums to keep the FMA units busy.
+  int64_t groups = std::clamp<int64_t>(vectors / 2, 1, threads);
+  while (threads % groups != 0) --groups;
+  return {groups, threads / groups};
 }
 
 // ---- dx
@@ -63,7 +71,10 @@ class GradX {
   void run(const float* dy, int64_t tokens, float* dx, int threads);
 
  private:
+  void multiply_tiles(const std::vector<TokenTile>& tiles, Range parts, const float* dy,
+                      float* dy_tiles, int64_t held, float* dx_tile, float* dx) const;
   void multiply(int64_t part, const float* dy_tile, int vectors, float* dx_tile) const;
+  std::vector<int64_t> split_parts(int64_t teams) const;
   int64_t part_features(int64_t part) const {
     return (index_.part_cols[at(part + 1)] - index_.part_cols[at(part)]) *
            weight_.block_cols;
@@ -109,60 +120,82 @@ void GradX::multiply(int64_t part, const float* dy_tile, int vectors,
   isa_.multiply_runs(weight_, tiles, dy_tile, vectors, dx_tile);
 }
 
-void GradX::run(const float* dy, int64_t tokens, float* dx, int threads) {
-  const int64_t out = weight_.out_features, in = weight_.in_features;
-  const int64_t width = isa_.lanes * isa_.max_vectors;
-  const int64_t tiles = (tokens + width - 1) / width;
-  const int64_t held = std::clamp<int64_t>(kGroupFloats / (out * width),
-                                           std::min<int64_t>(threads, tiles), tiles);
-  int64_t most = 0, total = 0;
-  std::vector<int64_t> costs;
+// Boundaries that give every team the parts in whose share of the cost their middles
+// lie.
+std::vector<int64_t> GradX::split_parts(int64_t teams) const {
+  std::vector<int64_t> boundaries(at(teams + 1), index_.num_parts());
+  int64_t total = 0, before = 0;
+  for (int64_t part = 0; part < index_.num_parts(); ++part) total += part_cost(part);
+  int64_t team = 0;
   for (int64_t part = 0; part < index_.num_parts(); ++part) {
-    most = std::max(most, part_features(part));
-    total += costs.emplace_back(part_cost(part));
+    const int64_t cost = part_cost(part);
+    const int64_t owner = (2 * before + cost) * teams / (2 * total);
+    while (team <= owner) boundaries[at(team++)] = part;
+    before += cost;
   }
-  const AlignedFloats dy_tiles = allocate(held * out * width);
-  const AlignedFloats dx_tiles = allocate(threads * most * width);
-  // Features in steps of whole transposed squares, so that threads share a tile.
-  const int64_t steps = (out + isa_.lanes - 1) / isa_.lanes;
-  for (int64_t first = 0; first < tiles; first += held) {
-    const int64_t count = std::min(held, tiles - first);
-    auto tokens_of = [&](int64_t tile) {
-      return std::min(width, tokens - (first + tile) * width);
+  return boundaries;
+}
+
+void GradX::run(const float* dy, int64_t tokens, float* dx, int threads) {
+  const int64_t out = weight_.out_features;
+  const int64_t lanes = isa_.lanes, width = lanes * isa_.max_vectors;
+  const int64_t vectors = (tokens + lanes - 1) / lanes;
+  const ThreadSplit split = split_threads(vectors, threads);
+  const int64_t most = (vectors + split.groups - 1) / split.groups;
+  const int64_t held =
+      std::clamp<int64_t>(kGroupFloats / (out * width), 1,
+                          (most + isa_.max_vectors - 1) / isa_.max_vectors);
+  int64_t features = 0;
+  for (int64_t part = 0; part < index_.num_parts(); ++part) {
+    features = std::max(features, part_features(part));
+  }
+  const int64_t dy_floats = in_lines(held * out * width);
+  const int64_t floats = dy_floats + in_lines(features * width);
+  const std::vector<int64_t> boundaries = split_parts(split.teams);
+  float* const scratch = scratch_floats(threads * floats);
+  parallel(threads, [&](int thread, int count) {
+    // The threads asked for need not be those that are given.
+    for (int64_t share = thread; share < threads; share += count) {
+      const int64_t group = share % split.groups, team = share / split.groups;
+      const int64_t first = vectors * group / split.groups * lanes;
+      const int64_t last =
+          std::min(tokens, vectors * (group + 1) / split.groups * lanes);
+      std::vector<TokenTile> tiles = split_tokens(last - first, isa_);
+      for (TokenTile& tile : tiles) tile.first += first;
+      float* const mine = scratch + thread * floats;
+      multiply_tiles(tiles, {boundaries[at(team)], boundaries[at(team + 1)]}, dy, mine,
+                     held, mine + dy_floats, dx);
+    }
+  });
+}
+
+// `parts` for all `tiles`, `held` of them at a time.
+void GradX::multiply_tiles(const std::vector<TokenTile>& tiles, Range parts,
+                           const float* dy, float* dy_tiles, int64_t held,
+                           float* dx_tile, float* dx) const {
+  const int64_t out = weight_.out_features, in = weight_.in_features;
+  const int64_t all = static_cast<int64_t>(tiles.size());
+  for (int64_t begin = 0; begin < all; begin += held) {
+    const int64_t end = std::min(all, begin + held);
+    const auto dy_tile = [&](const TokenTile& tile) {
+      return dy_tiles + (tile.slot - tiles[at(begin)].slot) * out;
     };
-    auto vectors_of = [&](int64_t tile) {
-      return static_cast<int>((tokens_of(tile) + isa_.lanes - 1) / isa_.lanes);
-    };
-    parallel(threads, [&](int thread, int team) {
-      const Range range = share(count * steps, thread, team);
-      for (int64_t i = range.first; i < range.last;) {
-        const int64_t tile = i / steps;
-        const int64_t end = std::min(range.last, (tile + 1) * steps);
-        isa_.pack_tokens(dy + (first + tile) * width * out, out, tokens_of(tile),
-                         (i - tile * steps) * isa_.lanes,
-                         std::min(out, (end - tile * steps) * isa_.lanes),
-                         vectors_of(tile), dy_tiles.get() + tile * out * width);
-        i = end;
+    for (int64_t i = begin; i < end; ++i) {
+      const TokenTile& tile = tiles[at(i)];
+      isa_.pack_tokens(dy + tile.first * out, out, tile.tokens, 0, out, tile.vectors,
+                       dy_tile(tile));
+    }
+    for (int64_t part = parts.first; part < parts.last; ++part) {
+      const int64_t features = part_features(part);
+      for (int64_t i = begin; i < end; ++i) {
+        const TokenTile& tile = tiles[at(i)];
+        float* const to =
+            dx + tile.first * in + index_.part_cols[at(part)] * weight_.block_cols;
+        multiply(part, dy_tile(tile), tile.vectors, dx_tile);
+        isa_.unpack_tokens(dx_tile, features, tile.tokens, tile.vectors,
+                           Activation::none, nullptr, to, in);
       }
-    });
-    parallel(threads, [&](int thread, int team) {
-      // Every (part, tile) goes to the thread in whose share of the cost its middle
-      // lies.
-      float* dx_tile = dx_tiles.get() + thread * most * width;
-      int64_t before = 0;
-      for (int64_t part = 0; part < index_.num_parts(); ++part) {
-        const int64_t cost = costs[at(part)];
-        const int64_t feature = index_.part_cols[at(part)] * weight_.block_cols;
-        for (int64_t tile = 0; tile < count; ++tile, before += cost) {
-          if ((2 * before + cost) * team / (2 * total * count) != thread) continue;
-          multiply(part, dy_tiles.get() + tile * out * width, vectors_of(tile),
-                   dx_tile);
-          isa_.unpack_tokens(dx_tile, part_features(part), tokens_of(tile),
-                             vectors_of(tile), Activation::none, nullptr,
-                             dx + (first + tile) * width * in + feature, in);
-        }
-      }
-    });
+    }
   }
 }
 
@@ -195,32 +228,39 @@ class GradValues {
   void run(int64_t tokens, int threads);
 
  private:
-  // A run of tokens, and the features of both sides that are multiplied while they are
-  // in L2: groups, which are block rows or columns, by as many of the other.
+  // A run of tokens, and how many groups, which are block rows or columns, meet how
+  // many of the other side while both are in L2.
   struct Panel {
     int64_t first_token;
     int64_t tokens;
     int64_t vectors;
-    int64_t width;
-    const float* shared;
+    int64_t width;     // of a feature of the other side
+    int64_t own_step;  // from vector to vector of the groups
     int64_t group_chunk;
     int64_t other_chunk;
+    bool stream;
+  };
+  // The groups and the others of one thread.
+  struct Share {
+    Range groups;
+    Range others;
   };
   // Of one thread, as large as it can get: nothing may throw in a parallel region.
   struct Scratch {
-    AlignedFloats own;
+    float* own;
+    float* shared;
     std::vector<int32_t> features;
     std::vector<int64_t> dst;
   };
 
-  Panel panel(int64_t first, int64_t tokens) const;
-  void pack(const Side& side, const Panel& panel, int64_t first, int64_t last,
-            float* tile) const;
-  void multiply_groups(const Panel& panel, int64_t first, int64_t last,
-                       Scratch& scratch) const;
-  void multiply(const Panel& panel, int64_t group, const float* own, int64_t first,
-                int64_t last, Scratch& scratch) const;
-  std::vector<int64_t> split_groups(int threads) const;
+  Panel panel(int64_t tokens) const;
+  void pack_own(const Panel& panel, int64_t first, int64_t last, float* own) const;
+  void pack_shared(const Panel& panel, int64_t first, int64_t last,
+                   float* shared) const;
+  void multiply_panel(const Panel& panel, Share share, Scratch& scratch) const;
+  void multiply(const Panel& panel, int64_t group, const float* own, Range others,
+                int64_t held, Scratch& scratch) const;
+  std::vector<Share> split(int threads) const;
 
   const BlockSparseView& weight_;
   const TransposedIndex& index_;
@@ -232,57 +272,91 @@ class GradValues {
   const int32_t* others_;  // and their place along the other side
 };
 
-GradValues::Panel GradValues::panel(int64_t first, int64_t tokens) const {
+GradValues::Panel GradValues::panel(int64_t tokens) const {
+  const int64_t lanes = isa_.lanes;
   Panel panel{};
-  panel.first_token = first;
   panel.tokens = tokens;
-  panel.vectors = (tokens + isa_.lanes - 1) / isa_.lanes;
+  panel.vectors = (tokens + lanes - 1) / lanes;
   // An odd number of vectors: with a power of two all features would meet in one set
   // of L1.
-  panel.width = (panel.vectors | 1) * isa_.lanes;
-  panel.group_chunk = std::max<int64_t>(1, kChunkFloats / (panel.width * own_.extent));
-  panel.other_chunk =
-      std::max<int64_t>(1, kChunkFloats / (panel.width * shared_.extent));
+  panel.width = (panel.vectors | 1) * lanes;
+  const auto chunk = [&](const Side& side, int64_t floats) {
+    const int64_t all = side.features / side.extent;
+    const int64_t most = std::max<int64_t>(1, floats / (panel.width * side.extent));
+    const int64_t chunks = (all + most - 1) / most;
+    return (all + chunks - 1) / chunks;
+  };
+  const int64_t groups = own_.features / own_.extent;
+  const int64_t others = shared_.features / shared_.extent;
+  panel.other_chunk = chunk(shared_, kChunkFloats);
+  // Groups that are read once need not stay.
+  panel.group_chunk =
+      chunk(own_, panel.other_chunk == others ? kPassingFloats : kChunkFloats);
+  panel.stream = panel.other_chunk < others && panel.group_chunk == groups;
+  // Eight lines on in L1 from vector to vector: as many features are read together.
+  const int64_t lines = (panel.group_chunk * own_.extent * lanes + 15) / 16;
+  panel.own_step = ((lines + 63) / 64 * 64 + 8) * 16;
   return panel;
 }
 
-// Transposes features [first, last). Lanes past the last token are zero.
-void GradValues::pack(const Side& side, const Panel& panel, int64_t first, int64_t last,
-                      float* tile) const {
-  for (int64_t begin = first; begin < last; begin += kPackFeatures) {
-    isa_.pack_tokens(side.from + panel.first_token * side.features + begin,
-                     side.features, panel.tokens, 0,
-                     std::min(kPackFeatures, last - begin),
-                     static_cast<int>(panel.width / isa_.lanes),
-                     tile + (begin - first) * panel.width);
-  }
-  for (int64_t feature = 0; feature < last - first; ++feature) {
-    std::fill(tile + feature * panel.width + panel.tokens,
-              tile + (feature + 1) * panel.width, 0.0f);
+// Features [first, last) as [vector][feature][lane]: up to eight of them are read side
+// by side. Lanes past the last token are zero.
+void GradValues::pack_own(const Panel& panel, int64_t first, int64_t last,
+                          float* own) const {
+  const float* from = own_.from + panel.first_token * own_.features + first;
+  for (int64_t v = 0; v < panel.vectors; ++v) {
+    const int64_t token = v * isa_.lanes;
+    const int64_t tokens = std::min<int64_t>(isa_.lanes, panel.tokens - token);
+    float* const to = own + v * panel.own_step;
+    isa_.pack_tokens(from + token * own_.features, own_.features, tokens, 0,
+                     last - first, 1, to);
+    for (int64_t lane = tokens; lane < isa_.lanes; ++lane) {
+      for (int64_t i = 0; i < last - first; ++i) to[i * isa_.lanes + lane] = 0.0f;
+    }
   }
 }
 
-// Adds the products of the blocks of one group whose other place is in [first, last).
+// Features [first, last) as [feature][width]: each is read from end to end. Lanes past
+// the last token are zero.
+void GradValues::pack_shared(const Panel& panel, int64_t first, int64_t last,
+                             float* shared) const {
+  for (int64_t begin = first; begin < last; begin += kPackFeatures) {
+    isa_.pack_tokens(shared_.from + panel.first_token * shared_.features + begin,
+                     shared_.features, panel.tokens, 0,
+                     std::min(kPackFeatures, last - begin),
+                     static_cast<int>(panel.width / isa_.lanes),
+                     shared + (begin - first) * panel.width);
+  }
+  for (int64_t feature = 0; feature < last - first; ++feature) {
+    std::fill(shared + feature * panel.width + panel.tokens,
+              shared + (feature + 1) * panel.width, 0.0f);
+  }
+}
+
+// Adds the products of the blocks of one group with `others`; scratch.shared starts
+// with number `held`.
 void GradValues::multiply(const Panel& panel, int64_t group, const float* own,
-                          int64_t first, int64_t last, Scratch& scratch) const {
+                          Range others, int64_t held, Scratch& scratch) const {
   const int64_t r = weight_.block_rows, c = weight_.block_cols;
   scratch.features.clear();
   scratch.dst.clear();
   const int32_t* end = others_ + ptr_[group + 1];
   const int32_t* other =
-      std::lower_bound(others_ + ptr_[group], end, static_cast<int32_t>(first));
-  for (; other < end && *other < last; ++other) {
+      std::lower_bound(others_ + ptr_[group], end, static_cast<int32_t>(others.first));
+  for (; other < end && *other < others.last; ++other) {
     const int64_t i = other - others_;
     const int64_t block = by_column_ ? index_.blocks[at(i)] : i;
     for (int64_t j = 0; j < shared_.extent; ++j) {
-      scratch.features.push_back(static_cast<int32_t>(*other * shared_.extent + j));
+      scratch.features.push_back(
+          static_cast<int32_t>((*other - held) * shared_.extent + j));
       scratch.dst.push_back(block * r * c + (by_column_ ? j : j * r));
     }
   }
   SampledProducts products{};
   products.a = own;
+  products.a_step = panel.own_step;
   products.rows = own_.extent;
-  products.b = panel.shared;
+  products.b = scratch.shared;
   products.features = scratch.features.data();
   products.dst = scratch.dst.data();
   products.count = static_cast<int64_t>(scratch.features.size());
@@ -293,33 +367,57 @@ void GradValues::multiply(const Panel& panel, int64_t group, const float* own,
   isa_.sampled_products(products);
 }
 
-void GradValues::multiply_groups(const Panel& panel, int64_t first, int64_t last,
-                                 Scratch& scratch) const {
-  const int64_t others = shared_.features / shared_.extent;
-  for (int64_t chunk = first; chunk < last; chunk += panel.group_chunk) {
-    const int64_t end = std::min(last, chunk + panel.group_chunk);
-    pack(own_, panel, chunk * own_.extent, end * own_.extent, scratch.own.get());
-    for (int64_t other = 0; other < others; other += panel.other_chunk) {
+// The others are transposed all at once, or chunk by chunk if all groups are held and
+// every chunk is read but once.
+void GradValues::multiply_panel(const Panel& panel, Share share,
+                                Scratch& scratch) const {
+  const auto pack_others = [&](int64_t first, int64_t last) {
+    pack_shared(panel, first * shared_.extent, last * shared_.extent, scratch.shared);
+  };
+  if (!panel.stream) pack_others(share.others.first, share.others.last);
+  for (int64_t chunk = share.groups.first; chunk < share.groups.last;
+       chunk += panel.group_chunk) {
+    const int64_t end = std::min(share.groups.last, chunk + panel.group_chunk);
+    pack_own(panel, chunk * own_.extent, end * own_.extent, scratch.own);
+    for (int64_t other = share.others.first; other < share.others.last;
+         other += panel.other_chunk) {
+      const Range others{other, std::min(share.others.last, other + panel.other_chunk)};
+      if (panel.stream) pack_others(others.first, others.last);
+      const int64_t held = panel.stream ? others.first : share.others.first;
       for (int64_t group = chunk; group < end; ++group) {
-        multiply(panel, group,
-                 scratch.own.get() + (group - chunk) * own_.extent * panel.width, other,
-                 std::min(others, other + panel.other_chunk), scratch);
+        multiply(panel, group, scratch.own + (group - chunk) * own_.extent * isa_.lanes,
+                 others, held, scratch);
       }
     }
   }
 }
 
-// Groups split so that each thread has the same number of blocks.
-std::vector<int64_t> GradValues::split_groups(int threads) const {
+// The side with more features is split, so that each thread has the same number of
+// blocks; all of the other side is transposed by each of them.
+std::vector<GradValues::Share> GradValues::split(int threads) const {
   const int64_t groups = own_.features / own_.extent;
-  std::vector<int64_t> boundaries{0};
-  int64_t group = 0;
-  for (int thread = 1; thread < threads; ++thread) {
-    while (int64_t{ptr_[group]} * threads < int64_t{ptr_[groups]} * thread) ++group;
-    boundaries.push_back(group);
+  const int64_t others = shared_.features / shared_.extent;
+  std::vector<Share> shares(at(threads), {{0, groups}, {0, others}});
+  if (threads == 1) return shares;
+  const bool by_other = shared_.features > own_.features;
+  std::vector<int64_t> before(at((by_other ? others : groups) + 1));
+  if (by_other) {
+    for (int64_t i = 0; i < ptr_[groups]; ++i) ++before[at(others_[i] + 1)];
+    for (size_t i = 1; i < before.size(); ++i) before[i] += before[i - 1];
+  } else {
+    std::copy(ptr_, ptr_ + groups + 1, before.begin());
   }
-  boundaries.push_back(groups);
-  return boundaries;
+  int64_t from = 0;
+  for (int thread = 0; thread < threads; ++thread) {
+    int64_t to = from;
+    while (to + 1 < static_cast<int64_t>(before.size()) &&
+           before[at(to)] * threads < before.back() * (thread + 1)) {
+      ++to;
+    }
+    (by_other ? shares[at(thread)].others : shares[at(thread)].groups) = {from, to};
+    from = to;
+  }
+  return shares;
 }
 
 void GradValues::run(int64_t tokens, int threads) {
@@ -327,34 +425,30 @@ void GradValues::run(int64_t tokens, int threads) {
   // Of similar size, and each but the last of whole vectors.
   const int64_t lanes = isa_.lanes;
   const int64_t step = ((tokens + panels - 1) / panels + lanes - 1) / lanes * lanes;
-  const Panel largest = panel(0, step);
-  const AlignedFloats shared = allocate(shared_.features * largest.width);
-  const std::vector<int64_t> boundaries = split_groups(threads);
+  const Panel largest = panel(std::min(step, tokens));
+  const std::vector<Share> shares = split(threads);
+  const int64_t own = in_lines(largest.vectors * largest.own_step);
+  const int64_t shared = in_lines(largest.other_chunk * shared_.extent * largest.width);
+  float* const floats = scratch_floats(threads * (own + shared));
   std::vector<Scratch> scratch(at(threads));
-  for (Scratch& mine : scratch) {
-    const int64_t own = std::min(own_.features, largest.group_chunk * own_.extent);
-    mine.own = allocate(own * largest.width);
+  for (int thread = 0; thread < threads; ++thread) {
+    Scratch& mine = scratch[at(thread)];
+    mine.own = floats + thread * (own + shared);
+    mine.shared = mine.own + own;
     mine.features.reserve(at(shared_.features));
     mine.dst.reserve(at(shared_.features));
   }
-  // Features in steps of whole transposed squares, so that threads share a panel.
-  const int64_t steps = (shared_.features + lanes - 1) / lanes;
-  for (int64_t first = 0; first < tokens; first += step) {
-    Panel now = panel(first, std::min(step, tokens - first));
-    now.group_chunk = largest.group_chunk;
-    now.shared = shared.get();
-    parallel(threads, [&](int thread, int team) {
-      const Range range = share(steps, thread, team);
-      const int64_t begin = range.first * lanes;
-      pack(shared_, now, begin, std::min(shared_.features, range.last * lanes),
-           shared.get() + begin * now.width);
-    });
-    parallel(threads, [&](int thread, int team) {
-      const Range range = share(threads, thread, team);
-      multiply_groups(now, boundaries[at(range.first)], boundaries[at(range.last)],
-                      scratch[at(thread)]);
-    });
-  }
+  parallel(threads, [&](int thread, int count) {
+    for (int which = thread; which < threads; which += count) {
+      for (int64_t first = 0; first < tokens; first += step) {
+        Panel now = largest;
+        now.first_token = first;
+        now.tokens = std::min(step, tokens - first);
+        now.vectors = (now.tokens + lanes - 1) / lanes;
+        multiply_panel(now, shares[at(which)], scratch[at(thread)]);
+      }
+    }
+  });
 }
 
 }  // namespace

@@ -9,8 +9,9 @@
 //   dy      (tokens, out)  the same
 //
 // `index` is transposed_index of the same pattern. Outputs are overwritten and must not
-// overlap the inputs; no alignment is required. Scratch is allocated for the call: some
-// tiles of transposed dy, or both transposed inputs of some hundred tokens. Throws
+// overlap the inputs; no alignment is required. Scratch belongs to the calling thread
+// and is kept for its next call: for each thread some tiles of transposed dy, or both
+// transposed inputs of some hundred tokens. Throws
 // std::bad_alloc. Safe to call from several threads at once. The results have the same
 // bits for every number of threads.
 #pragma once

@@ -195,42 +195,61 @@ constexpr int shared_columns(int rows) {
 constexpr int kPairRows = kRegisters >= 32 ? 8 : 4;
 
 // out[dst[k] + i * stride] += sum over the lanes of a_i . b_k, for kRows features i of
-// a and kColumns features k of b.
+// a and kColumns features k of b. Meanwhile the features after them are fetched from
+// L2.
 template <int kRows, int kColumns>
 inline void pair_tile(const SampledProducts& s, const float* a, int64_t first,
                       int64_t out_offset) {
   constexpr int kSums = kRows * kColumns;
-  Vec acc[kSums];
-  for (int i = 0; i < kSums; ++i) acc[i] = zero();
+  constexpr int kEights = (kSums + 7) / 8;
+  Vec acc[kEights][8];
+  PYBSP_UNROLL
+  for (int i = 0; i < kEights; ++i) {
+    PYBSP_UNROLL
+    for (int j = 0; j < 8; ++j) acc[i][j] = zero();
+  }
   const float* b[kColumns];
-  for (int k = 0; k < kColumns; ++k) b[k] = s.b + s.features[first + k] * s.width;
+  const float* next[kColumns];
+  PYBSP_UNROLL
+  for (int k = 0; k < kColumns; ++k) {
+    const int64_t after = first + kColumns + k < s.count ? first + kColumns + k : first;
+    b[k] = s.b + s.features[first + k] * s.width;
+    next[k] = s.b + s.features[after] * s.width;
+  }
   for (int64_t t = 0; t < s.vectors * kLanes; t += kLanes) {
     Vec in[kColumns];
-    for (int k = 0; k < kColumns; ++k) in[k] = load(b[k] + t);
+    PYBSP_UNROLL
+    for (int k = 0; k < kColumns; ++k) {
+      in[k] = in_register(load(b[k] + t));
+      __builtin_prefetch(next[k] + t);
+    }
+    PYBSP_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const Vec row = in_register(load(a + i * s.width + t));
+      const Vec row = in_register(load(a + i * kLanes));
+      PYBSP_UNROLL
       for (int k = 0; k < kColumns; ++k) {
-        acc[k * kRows + i] = fma(row, in[k], acc[k * kRows + i]);
+        Vec& sum = acc[(k * kRows + i) / 8][(k * kRows + i) % 8];
+        sum = fma(row, in[k], sum);
       }
     }
+    a += s.a_step;
   }
-  float sums[(kSums + 7) / 8 * 8];
-#pragma GCC unroll 8
-  for (int i = 0; i < kSums; i += 8) {
-    Vec eight[8];
-    for (int j = 0; j < 8; ++j) eight[j] = i + j < kSums ? acc[i + j] : zero();
-    const Vec8 sum = reduce_add8(eight);
-    if (kRows == 8 && s.stride == 1) {
-      float* out = s.out + s.dst[first + i / 8] + out_offset;
-      store8(out, add8(load8(out), sum));
-    } else {
-      store8(sums + i, sum);
+  Vec8 sums[kEights];
+  PYBSP_UNROLL
+  for (int i = 0; i < kEights; ++i) sums[i] = reduce_add8(acc[i]);
+  if (kRows == 8 && s.stride == 1) {
+    PYBSP_UNROLL
+    for (int k = 0; k < kColumns; ++k) {
+      float* out = s.out + s.dst[first + k] + out_offset;
+      store8(out, add8(load8(out), sums[k]));
     }
+    return;
   }
-  if (kRows == 8 && s.stride == 1) return;
+  float scalars[kEights * 8];
+  for (int i = 0; i < kEights; ++i) store8(scalars + i * 8, sums[i]);
   for (int k = 0; k < kColumns; ++k) {
     float* out = s.out + s.dst[first + k] + out_offset;
-    for (int i = 0; i < kRows; ++i) out[i * s.stride] += sums[k * kRows + i];
+    for (int i = 0; i < kRows; ++i) out[i * s.stride] += scalars[k * kRows + i];
   }
 }
 
@@ -258,7 +277,7 @@ void pair_rows_of(int64_t rows, const SampledProducts& s, const float* a,
 void sampled_products(const SampledProducts& s) {
   for (int64_t row = 0; row < s.rows; row += kPairRows) {
     const int64_t rows = s.rows - row < kPairRows ? s.rows - row : kPairRows;
-    pair_rows_of(rows, s, s.a + row * s.width, row * s.stride);
+    pair_rows_of(rows, s, s.a + row * kLanes, row * s.stride);
   }
 }
 

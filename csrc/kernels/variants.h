@@ -66,11 +66,13 @@ struct RunTiles {
   const int32_t* features;
 };
 
-// Products of features of two panels [feature][width], summed over the first `vectors`
-// vectors of tokens of each: out[dst[k] + i * stride] += a_i . b_features[k] for i in
-// [0, rows) and k in [0, count).
+// Products of features of two panels, summed over the first `vectors` vectors of tokens
+// of each: out[dst[k] + i * stride] += a_i . b_features[k] for i in [0, rows) and k in
+// [0, count). Vector v of a_i is at a + v * a_step + i * lanes, that of b_j at
+// b + j * width + v * lanes.
 struct SampledProducts {
   const float* a;
+  int64_t a_step;
   int64_t rows;
   const float* b;
   const int32_t* features;
