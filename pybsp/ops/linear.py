@@ -209,6 +209,15 @@ def refuse_tangents(**tensors: torch.Tensor | None) -> None:
             )
 
 
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` with its elements in memory as they are; what is compiled sees to
+    negative views by itself."""
+    tensor = tensor.contiguous()
+    if _is_compiling() or not tensor.is_neg():
+        return tensor
+    return torch.resolve_neg(tensor)
+
+
 def checked_bias(bias: Any, out_features: int, device: Any = _cpu) -> torch.Tensor:
     if not isinstance(bias, torch.Tensor):
         raise TypeError(
@@ -225,7 +234,7 @@ def checked_bias(bias: Any, out_features: int, device: Any = _cpu) -> torch.Tens
         raise ValueError(
             f"bias is on {bias.device} and x on {device}; move one of them"
         )
-    return torch.resolve_neg(bias.contiguous())
+    return _readable(bias)
 
 
 def checked_residual(
@@ -251,7 +260,7 @@ def checked_residual(
         raise ValueError(
             f"residual is on {residual.device} and x on {device}; move one of them"
         )
-    return torch.resolve_neg(residual.contiguous())
+    return _readable(residual)
 
 
 def _block_sparse_linear_numpy(
