@@ -2,9 +2,9 @@
 
 ``of_peak`` is ``2 M nnz / time`` over the register-only multiply-add peak taken just
 before; skipped zeros do not count as work. ``of_tile_peak`` is the same over what the
-kernel's own tile reaches with weights and inputs in L1: CPUs lower their clock rate with
-the power that the instructions draw, and loads draw some. Bias added, no transposition,
-weights warm.
+kernel's own tile reaches with weights and inputs in L1: CPUs lower their clock rate
+with the power that the instructions draw, and loads draw some. Bias added, no
+transposition, weights warm.
 
     python -m benchmarks.kernel [--quick] [--layers ...] [--blocks 8,1 ...]
 """
