@@ -19,6 +19,7 @@ from pybsp.costs import (
     Cost,
     CostModel,
     Fit,
+    Machine,
     cache,
     expected_cost,
     fit,
@@ -28,7 +29,6 @@ from pybsp.costs import (
 )
 from pybsp.costs import linear as costs_linear
 from pybsp.costs.terms import (
-    Machine,
     dense_terms,
     few_tokens,
     portions,

@@ -11,13 +11,14 @@ from .cache import cache_file
 from .cost import Cost
 from .linear import expected_cost, linear_cost
 from .model import CostModel, Fit, fit
-from .terms import Call
+from .terms import Call, Machine
 
 __all__ = [
     "Call",
     "Cost",
     "CostModel",
     "Fit",
+    "Machine",
     "cache_file",
     "expected_cost",
     "fit",

@@ -43,7 +43,7 @@ DENSE_SHAPES = (
 )  # fmt: skip
 MOST_DENSE_WORK = 600_000_000
 #: A row of calls ends after so many nanoseconds, and two calls.
-LONG_ROW_NS = 1_200_000
+LONG_ROW_NS = 1_800_000
 
 
 def this_machine() -> Machine:

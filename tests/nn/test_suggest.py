@@ -11,7 +11,7 @@ from torch import nn
 
 import pybsp
 from pybsp import BlockPruningConfig, suggest_block_shape
-from pybsp.costs import CostModel, Fit
+from pybsp.costs import CostModel, Fit, Machine
 from pybsp.nn import suggest
 
 
@@ -30,7 +30,7 @@ class FakeCosts(CostModel):
 
 @pytest.fixture(autouse=True)
 def _known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = FakeCosts(Fit({}, 0.03), Fit({}, 0.04), 8, 3)
+    fake = FakeCosts(Fit({}, 0.03), Fit({}, 0.04), Machine(8, 3))
     monkeypatch.setattr(suggest.CostModel, "load_or_fit", lambda: fake)
 
 
