@@ -38,7 +38,8 @@ def measure_training_ops(options: Options) -> dict[str, Any]:
 
 
 def measure_cost_model(options: Options) -> dict[str, Any]:
-    data = cost_model.measure_all(200 if options.quick else 600)
+    calls = 200 if options.quick else 600
+    data = cost_model.measure_all(calls, calls // 2)
     targets = []
     for row in data["errors"][:2]:
         what = f"cost model, {row['what']}: held-out layers within 15 %"
