@@ -24,6 +24,7 @@ constexpr int64_t kGroupFloats = 96 * 1024;
 constexpr int64_t kPanelTokens = 384;
 // The features of each input that meet are chunks of 640 KB: both stay in L2.
 constexpr int64_t kChunkFloats = 160 * 1024;
+// Less of an input that passes by the whole other one, and is read but once.
 constexpr int64_t kPassingFloats = 32 * 1024;
 // Features transposed for a whole panel before the next: each is a page of its own, and
 // so many are found again without a walk of the page tables.
