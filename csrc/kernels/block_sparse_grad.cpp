@@ -429,7 +429,9 @@ void GradValues::run(int64_t tokens, int threads) {
   const Panel largest = panel(std::min(step, tokens));
   const std::vector<Share> shares = split(threads);
   const int64_t own = in_lines(largest.vectors * largest.own_step);
-  const int64_t shared = in_lines(largest.other_chunk * shared_.extent * largest.width);
+  const int64_t held =
+      largest.stream ? largest.other_chunk * shared_.extent : shared_.features;
+  const int64_t shared = in_lines(held * largest.width);
   float* const floats = scratch_floats(threads * (own + shared));
   std::vector<Scratch> scratch(at(threads));
   for (int thread = 0; thread < threads; ++thread) {
