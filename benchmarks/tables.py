@@ -183,6 +183,28 @@ def hook() -> str:
     return markdown(head, rows)
 
 
+def training_step() -> str:
+    """A masked retraining step against a packed one."""
+    rows = [
+        [
+            f"{run['batch']} x {run['tokens']}",
+            f"{run['dropout']:g}",
+            "({}, {})".format(*row["block_shape"]),
+            f"{row['sparsity']:.0%}",
+            f"{row['masked']['median_ms']:.0f}",
+            f"{row['packed']['median_ms']:.0f}",
+            f"{row['parts_ms']['masked']['linear backward']:.0f}",
+            f"{row['parts_ms']['packed']['linear backward']:.0f}",
+            f"{row['speedup']['median']:.2f}x",
+        ]
+        for run in load("training_step*.json")
+        for row in run["rows"]
+    ]
+    head = ["batch", "dropout", "block", "sparsity", "masked ms", "packed ms",
+            "linear backward, masked", "packed", "faster"]  # fmt: skip
+    return markdown(head, rows)
+
+
 def penalty() -> str:
     """The same run with and without the penalty, cut once."""
     rows = [
@@ -209,6 +231,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear": linear,
     "hook": hook,
     "penalty": penalty,
+    "training_step": training_step,
     "numbers": numbers,
     "machine": machine,
     **{part.name: of_section(part) for part in SECTIONS},

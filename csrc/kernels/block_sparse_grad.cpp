@@ -24,6 +24,7 @@ constexpr int64_t kGroupFloats = 96 * 1024;
 constexpr int64_t kPanelTokens = 384;
 // The features of each input that meet are chunks of 640 KB: both stay in L2.
 constexpr int64_t kChunkFloats = 160 * 1024;
+// Less of an input that passes by the whole other one, and is read but once.
 constexpr int64_t kPassingFloats = 32 * 1024;
 // Features transposed for a whole panel before the next: each is a page of its own, and
 // so many are found again without a walk of the page tables.
@@ -428,7 +429,9 @@ void GradValues::run(int64_t tokens, int threads) {
   const Panel largest = panel(std::min(step, tokens));
   const std::vector<Share> shares = split(threads);
   const int64_t own = in_lines(largest.vectors * largest.own_step);
-  const int64_t shared = in_lines(largest.other_chunk * shared_.extent * largest.width);
+  const int64_t held =
+      largest.stream ? largest.other_chunk * shared_.extent : shared_.features;
+  const int64_t shared = in_lines(held * largest.width);
   float* const floats = scratch_floats(threads * (own + shared));
   std::vector<Scratch> scratch(at(threads));
   for (int thread = 0; thread < threads; ++thread) {

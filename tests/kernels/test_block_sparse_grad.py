@@ -107,7 +107,7 @@ def test_large_layers_take_several_groups_and_chunks(
     isa: str, block_shape: Any
 ) -> None:
     # 384 KB of dy, and 640 KB of either input of dW, at a time.
-    for shape in ((2560, 32), (32, 2560)):
+    for shape in ((2560, 32), (32, 2560), (768, 800)):
         W = BlockSparseMatrix.from_dense(
             block_sparse_weight(shape, block_shape, 0.1), block_shape
         )
@@ -137,14 +137,15 @@ def test_random_shapes(isa: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 45, 900])
 @pytest.mark.parametrize("block_shape", [(8, 1), (1, 16), (16, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(256, 256), (128, 640), (640, 128)], ids=str)
 @pytest.mark.usefixtures("threads")
 def test_the_bits_do_not_depend_on_threads(
-    isa: str, tokens: int, block_shape: Any
+    isa: str, tokens: int, block_shape: Any, shape: tuple[int, int]
 ) -> None:
-    weight = block_sparse_weight((256, 256), block_shape, 0.5)
-    weight[:128, 64:] = 0  # unbalanced both ways
+    weight = block_sparse_weight(shape, block_shape, 0.5)
+    weight[: shape[0] // 2, 64:] = 0  # unbalanced both ways
     W = BlockSparseMatrix.from_dense(weight, block_shape)
-    x, dy = torch.randn(tokens, 256), torch.randn(tokens, 256)
+    x, dy = torch.randn(tokens, shape[1]), torch.randn(tokens, shape[0])
     results = []
     for number in (1, 2, 3, 8):
         torch.set_num_threads(number)
