@@ -27,21 +27,6 @@ int64_t kept_weights(const BlockSparseView& weight) {
 // Tokens that multiply_few_tokens takes in less time than a vector of tokens takes.
 int64_t few_tokens_limit(const Variants& isa) { return std::min(4, isa.lanes / 2); }
 
-// How the threads share the tiles: `groups` of them take other tokens, and the `teams`
-// of each group other parts of the matrices. Every thread transposes the inputs it
-// reads, so that none waits for lines in the cache of another core.
-struct Split {
-  int64_t groups;
-  int64_t teams;
-};
-
-Split split_threads(int64_t vectors, int threads) {
-  // Two vectors a thread: one alone has too few sums to keep the FMA units busy.
-  int64_t groups = std::clamp<int64_t>(vectors / 2, 1, threads);
-  while (threads % groups != 0) --groups;
-  return {groups, threads / groups};
-}
-
 // Fetches into L2 the lines of y that are written after the multiplication: y is large
 // and its lines would otherwise be waited for one store after the other.
 void prefetch_rows(const float* y, int64_t tokens, int64_t rows, int64_t stride) {
@@ -107,9 +92,12 @@ class Multiplication {
   void in_tiles(const float* x, int64_t tokens);
   void multiply_group(const std::vector<TokenTile>& tiles, Range parts, const float* x,
                       float* x_tiles, int64_t held, float* y_tile) const;
+  void multiply_tile(const Part& part, const TokenTile& tile, const float* x_tiles,
+                     float* scratch) const;
   void multiply(const Part& part, int vectors, const float* x_tile,
                 float* y_tile) const;
   Range parts_of(int64_t team, int64_t teams) const;
+  int64_t tiles_in_l2() const;
   int64_t max_part_rows() const;
 
   const Product* products_;
@@ -174,13 +162,10 @@ void Multiplication::in_tiles(const float* x, int64_t tokens) {
   parts_ = list_parts(products_, count_);
   const int64_t width = int64_t{isa_.lanes} * isa_.max_vectors;
   const int64_t vectors = (tokens + isa_.lanes - 1) / isa_.lanes;
-  const Split split = split_threads(vectors, threads_);
-  // So many tiles of inputs share L2 with the part of the weights that passes over
-  // them.
-  const int64_t fit = l2_cache_bytes() / 3 / (in_ * width * int64_t{sizeof(float)});
+  const ThreadSplit split = split_threads(vectors, threads_);
   const int64_t most = (vectors + split.groups - 1) / split.groups;
   const int64_t held =
-      std::clamp<int64_t>(fit, 1, (most + isa_.max_vectors - 1) / isa_.max_vectors);
+      std::min(tiles_in_l2(), (most + isa_.max_vectors - 1) / isa_.max_vectors);
   const int64_t x_floats = (held * in_ * width + 15) / 16 * 16;
   const int64_t y_floats = (max_part_rows() * width + 15) / 16 * 16;
   const int64_t floats = x_floats + y_floats;
@@ -241,40 +226,46 @@ void Multiplication::multiply_group(const std::vector<TokenTile>& tiles, Range p
 void Multiplication::run_tiles(const float* x_tiles) {
   parts_ = list_parts(products_, count_);
   const std::vector<TokenTile> tiles = split_tokens(tokens_, isa_);
-  const Split split = split_threads(2 * static_cast<int64_t>(tiles.size()), threads_);
+  const ThreadSplit split =
+      split_threads(2 * static_cast<int64_t>(tiles.size()), threads_);
   const int64_t part_floats = max_part_rows() * isa_.lanes * isa_.max_vectors;
-  bool overwrites = false;
-  for (const Product* product = products_; product != products_ + count_; ++product) {
-    overwrites = overwrites || product->epilogue.residual == product->y;
-  }
-  float* const scratch = overwrites ? scratch_floats(threads_ * part_floats) : nullptr;
+  float* const scratch = scratch_floats(threads_ * part_floats);
   parallel(threads_, [&](int thread, int count) {
     for (int64_t share = thread; share < threads_; share += count) {
       const Range mine = pybsp::share(static_cast<int64_t>(tiles.size()),
                                       static_cast<int>(share % split.groups),
                                       static_cast<int>(split.groups));
       const Range parts = parts_of(share / split.groups, split.teams);
-      for (int64_t p = parts.first; p < parts.last; ++p) {
-        const Part& part = parts_[static_cast<size_t>(p)];
-        const BlockSparseView& weight = part.product->weight;
-        const Epilogue& epilogue = part.product->epilogue;
-        const int64_t row = part.first_row * weight.block_rows;
-        const int64_t rows = (part.last_row - part.first_row) * weight.block_rows;
-        for (int64_t i = mine.first; i < mine.last; ++i) {
-          const TokenTile& tile = tiles[static_cast<size_t>(i)];
-          const int64_t width = int64_t{tile.vectors} * isa_.lanes;
-          const int64_t at = tile.slot * weight.out_features + row * width;
-          float* const y = part.product->y + at;
-          // Sums in y would overwrite a residual that is y.
-          float* const sums =
-              epilogue.residual == part.product->y ? scratch + thread * part_floats : y;
-          multiply(part, tile.vectors, x_tiles + tile.slot * in_, sums);
-          isa_.finish(sums, rows * width, epilogue.activation,
-                      epilogue.residual ? epilogue.residual + at : nullptr, y);
+      for (int64_t begin = mine.first; begin < mine.last; begin += tiles_in_l2()) {
+        const TokenTile* const group = tiles.data() + begin;
+        const TokenTile* const end =
+            tiles.data() + std::min(mine.last, begin + tiles_in_l2());
+        for (int64_t p = parts.first; p < parts.last; ++p) {
+          for (const TokenTile* tile = group; tile != end; ++tile) {
+            multiply_tile(parts_[static_cast<size_t>(p)], *tile, x_tiles,
+                          scratch + thread * part_floats);
+          }
         }
       }
     }
   });
+}
+
+// One part for one tile, from tiles to tiles. `scratch` is for sums that would
+// overwrite a residual that is y itself.
+void Multiplication::multiply_tile(const Part& part, const TokenTile& tile,
+                                   const float* x_tiles, float* scratch) const {
+  const BlockSparseView& weight = part.product->weight;
+  const Epilogue& epilogue = part.product->epilogue;
+  const int64_t width = int64_t{tile.vectors} * isa_.lanes;
+  const int64_t row = part.first_row * weight.block_rows;
+  const int64_t rows = (part.last_row - part.first_row) * weight.block_rows;
+  const int64_t at = tile.slot * weight.out_features + row * width;
+  float* const y = part.product->y + at;
+  float* const sums = epilogue.residual == part.product->y ? scratch : y;
+  multiply(part, tile.vectors, x_tiles + tile.slot * in_, sums);
+  isa_.finish(sums, rows * width, epilogue.activation,
+              epilogue.residual ? epilogue.residual + at : nullptr, y);
 }
 
 // The parts in whose middle the share of the cost of this team lies.
@@ -289,6 +280,13 @@ Range Multiplication::parts_of(int64_t team, int64_t teams) const {
     range.last += owner(part) <= team;
   }
   return range;
+}
+
+// Tiles of inputs that share L2 with the part of the weights that passes over them.
+int64_t Multiplication::tiles_in_l2() const {
+  const int64_t tile_bytes =
+      in_ * isa_.lanes * isa_.max_vectors * int64_t{sizeof(float)};
+  return std::max<int64_t>(1, l2_cache_bytes() / 3 / tile_bytes);
 }
 
 int64_t Multiplication::max_part_rows() const {

@@ -47,21 +47,6 @@ int useful_threads(const BlockSparseView& weight, int64_t tokens, int threads) {
   return work < kSerialWork ? 1 : std::max(threads, 1);
 }
 
-// How the threads share the tiles: `groups` of them take other tokens, and the `teams`
-// of each group other parts of dx. Every thread transposes what it reads, so that none
-// waits for lines in the cache of another core.
-struct ThreadSplit {
-  int64_t groups;
-  int64_t teams;
-};
-
-ThreadSplit split_threads(int64_t vectors, int threads) {
-  // Two vectors a thread: one alone has too few sums to keep the FMA units busy.
-  int64_t groups = std::clamp<int64_t>(vectors / 2, 1, threads);
-  while (threads % groups != 0) --groups;
-  return {groups, threads / groups};
-}
-
 // ---- dx
 
 class GradX {

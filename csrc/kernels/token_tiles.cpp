@@ -28,6 +28,12 @@ int64_t tile_lanes(int64_t tokens, const Variants& isa) {
   return (tokens + isa.lanes - 1) / isa.lanes * isa.lanes;
 }
 
+ThreadSplit split_threads(int64_t vectors, int threads) {
+  int64_t groups = std::clamp<int64_t>(vectors / 2, 1, threads);
+  while (threads % groups != 0) --groups;
+  return {groups, threads / groups};
+}
+
 void pack_tiles(const float* x, int64_t tokens, int64_t features, float* tiles,
                 int threads) {
   const Variants& isa = variants(active_isa());

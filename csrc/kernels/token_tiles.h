@@ -26,6 +26,18 @@ std::vector<TokenTile> split_tokens(int64_t tokens, const Variants& isa);
 // Lanes of all tiles of so many tokens: the floats that one feature takes.
 int64_t tile_lanes(int64_t tokens, const Variants& isa);
 
+// How threads share tiles: `groups` of them take other tokens, and the `teams` of each
+// group other parts of the outputs. Every thread transposes what it reads, so that none
+// waits for lines in the cache of another core.
+struct ThreadSplit {
+  int64_t groups;
+  int64_t teams;
+};
+
+// groups x teams = threads; two vectors of tokens a group where there are as many, for
+// one alone has too few sums to keep the FMA units busy.
+ThreadSplit split_threads(int64_t vectors, int threads);
+
 // x, y (tokens, features) row-major; tiles (tile_lanes x features). No overlap. Safe to
 // call from several threads at once.
 void pack_tiles(const float* x, int64_t tokens, int64_t features, float* tiles,
