@@ -150,6 +150,7 @@ def test_tokens_are_taken_as_the_kernels_take_them() -> None:
         4, 0, 0, 1, 0, 0,
     ]  # fmt: skip
     assert [few_tokens(tokens, 4) for tokens in (2, 3, 6)] == [2, 0, 2]
+    assert [few_tokens(tokens, 16, (1, 8)) for tokens in (2, 3, 18)] == [2, 0, 2]
     assert [tile_widths(vectors, 3) for vectors in (1, 3, 4, 5, 7, 8)] == [
         {1: 1}, {3: 1}, {2: 2}, {3: 1, 2: 1}, {3: 1, 2: 2}, {3: 2, 2: 1},
     ]  # fmt: skip

@@ -25,7 +25,13 @@ int64_t kept_weights(const BlockSparseView& weight) {
 }
 
 // Tokens that multiply_few_tokens takes in less time than a vector of tokens takes.
-int64_t few_tokens_limit(const Variants& isa) { return std::min(4, isa.lanes / 2); }
+// Wide single-row blocks take each token by itself.
+int64_t few_tokens_limit(const Variants& isa, const Product* products, int64_t count) {
+  const bool alone =
+      std::any_of(products, products + count,
+                  [](const Product& product) { return product.schedule->by_column; });
+  return std::min(alone ? 2 : 4, isa.lanes / 2);
+}
 
 // Fetches into L2 the lines of y that are written after the multiplication: y is large
 // and its lines would otherwise be waited for one store after the other.
@@ -111,7 +117,7 @@ class Multiplication {
 
 void Multiplication::run(const float* x) {
   const int64_t rest = tokens_ % isa_.lanes;
-  const int64_t few = rest <= few_tokens_limit(isa_) ? rest : 0;
+  const int64_t few = rest <= few_tokens_limit(isa_, products_, count_) ? rest : 0;
   if (tokens_ > few) in_tiles(x, tokens_ - few);
   if (few > 0) few_tokens(x + (tokens_ - few) * in_, tokens_ - few);
 }

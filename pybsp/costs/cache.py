@@ -22,7 +22,7 @@ import torch
 from .. import ops
 
 #: Raised whenever the terms of the model or the calls it is fitted to change.
-FORMAT = 2
+FORMAT = 3
 
 
 def cache_key() -> dict[str, str | int]:

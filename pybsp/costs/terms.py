@@ -131,10 +131,10 @@ def aliasing(stride: int) -> bool:
     return 4 * stride % PAGE == 0
 
 
-def few_tokens(tokens: int, lanes: int) -> int:
+def few_tokens(tokens: int, lanes: int, block_shape: BlockShape = (8, 1)) -> int:
     """Of ``tokens``, those that are multiplied one, two or four at a time."""
     rest = tokens % lanes
-    return rest if rest <= min(4, lanes // 2) else 0
+    return rest if rest <= min(2 if _by_column(block_shape) else 4, lanes // 2) else 0
 
 
 def tile_widths(vectors: int, max_vectors: int) -> dict[int, int]:
@@ -146,7 +146,7 @@ def tile_widths(vectors: int, max_vectors: int) -> dict[int, int]:
 
 def sparse_terms(call: Call, machine: Machine) -> Terms:
     """The terms of ``block_sparse_linear``."""
-    few = few_tokens(call.tokens, machine.lanes)
+    few = few_tokens(call.tokens, machine.lanes, call.block_shape)
     tokens = call.tokens - few
     terms = _tile_terms(call, tokens, machine) if tokens else {"few.call": 1.0}
     for size in (4, 2, 1):
