@@ -308,12 +308,15 @@ def test_processes_may_write_at_the_same_time(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     program = (
-        "import sys; from pybsp.costs import cache;"
+        "import sys, torch; from pybsp.costs import cache;"
+        "torch.set_num_threads(int(sys.argv[2]));"  # a part of the key
         "model = {'number': int(sys.argv[1]), 'padding': 'x' * 20_000};"
         "[cache.write(model) for _ in range(200)]"
     )
     processes = [
-        subprocess.Popen([sys.executable, "-c", program, str(number)])
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(number), str(torch.get_num_threads())]
+        )
         for number in range(2)
     ]
     seen = set()
