@@ -176,14 +176,7 @@ void Multiplication::in_tiles(const float* x, int64_t tokens) {
   const int64_t y_floats = (max_part_rows() * width + 15) / 16 * 16;
   const int64_t floats = x_floats + y_floats;
   float* const scratch = scratch_floats(threads_ * floats);
-  std::vector<std::vector<TokenTile>> tiles;
-  for (int64_t group = 0; group < split.groups; ++group) {
-    const int64_t first = vectors * group / split.groups * isa_.lanes;
-    const int64_t last =
-        std::min(tokens, vectors * (group + 1) / split.groups * isa_.lanes);
-    tiles.push_back(split_tokens(last - first, isa_));
-    for (TokenTile& tile : tiles.back()) tile.first += first;
-  }
+  const auto tiles = split_groups(tokens, split.groups, isa_);
   parallel(threads_, [&](int thread, int count) {
     float* const mine = scratch + thread * floats;
     // The threads asked for need not be those that are given.

@@ -138,19 +138,16 @@ void GradX::run(const float* dy, int64_t tokens, float* dx, int threads) {
   const int64_t dy_floats = in_lines(held * out * width);
   const int64_t floats = dy_floats + in_lines(features * width);
   const std::vector<int64_t> boundaries = split_parts(split.teams);
+  const auto tiles = split_groups(tokens, split.groups, isa_);
   float* const scratch = scratch_floats(threads * floats);
   parallel(threads, [&](int thread, int count) {
     // The threads asked for need not be those that are given.
     for (int64_t share = thread; share < threads; share += count) {
-      const int64_t group = share % split.groups, team = share / split.groups;
-      const int64_t first = vectors * group / split.groups * lanes;
-      const int64_t last =
-          std::min(tokens, vectors * (group + 1) / split.groups * lanes);
-      std::vector<TokenTile> tiles = split_tokens(last - first, isa_);
-      for (TokenTile& tile : tiles) tile.first += first;
+      const int64_t team = share / split.groups;
       float* const mine = scratch + thread * floats;
-      multiply_tiles(tiles, {boundaries[at(team)], boundaries[at(team + 1)]}, dy, mine,
-                     held, mine + dy_floats, dx);
+      multiply_tiles(tiles[at(share % split.groups)],
+                     {boundaries[at(team)], boundaries[at(team + 1)]}, dy, mine, held,
+                     mine + dy_floats, dx);
     }
   });
 }

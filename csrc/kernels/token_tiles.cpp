@@ -34,6 +34,19 @@ ThreadSplit split_threads(int64_t vectors, int threads) {
   return {groups, threads / groups};
 }
 
+std::vector<std::vector<TokenTile>> split_groups(int64_t tokens, int64_t groups,
+                                                 const Variants& isa) {
+  const int64_t vectors = (tokens + isa.lanes - 1) / isa.lanes;
+  std::vector<std::vector<TokenTile>> tiles;
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t first = vectors * group / groups * isa.lanes;
+    const int64_t last = std::min(tokens, vectors * (group + 1) / groups * isa.lanes);
+    tiles.push_back(split_tokens(last - first, isa));
+    for (TokenTile& tile : tiles.back()) tile.first += first;
+  }
+  return tiles;
+}
+
 void pack_tiles(const float* x, int64_t tokens, int64_t features, float* tiles,
                 int threads) {
   const Variants& isa = variants(active_isa());

@@ -38,6 +38,11 @@ struct ThreadSplit {
 // one alone has too few sums to keep the FMA units busy.
 ThreadSplit split_threads(int64_t vectors, int threads);
 
+// The tiles of each of `groups` groups, which share the vectors of tokens evenly; slots
+// count from the start of a group. Before a parallel region: it may throw.
+std::vector<std::vector<TokenTile>> split_groups(int64_t tokens, int64_t groups,
+                                                 const Variants& isa);
+
 // x, y (tokens, features) row-major; tiles (tile_lanes x features). No overlap. Safe to
 // call from several threads at once.
 void pack_tiles(const float* x, int64_t tokens, int64_t features, float* tiles,
