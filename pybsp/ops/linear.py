@@ -73,7 +73,7 @@ def block_sparse_linear(
         try:
             values, pattern, (out_features, in_features) = W.values, W.pattern, W.shape
         except AttributeError:
-            return block_sparse_linear(x, from_bsr(W), bias, activation, residual)
+            return block_sparse_linear(x, _from_bsr(W), bias, activation, residual)
         shape = x.shape
         if (
             x.dtype is not _float32
@@ -156,7 +156,7 @@ class _Matrix(NamedTuple):
     pattern: Any
 
 
-def from_bsr(tensor: Any) -> _Matrix:
+def _from_bsr(tensor: Any) -> _Matrix:
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.sparse_bsr:
         kind = tensor.layout if isinstance(tensor, torch.Tensor) else type(tensor)
         raise TypeError(
@@ -268,7 +268,7 @@ def _block_sparse_linear_numpy(
 ) -> Any:
     import numpy as np
 
-    W = W if hasattr(W, "pattern") else from_bsr(W)
+    W = W if hasattr(W, "pattern") else _from_bsr(W)
     if bias is not None and type(bias).__module__ != "numpy":
         raise TypeError(
             f"bias must be of the kind of x, a numpy array; got {type(bias).__name__}"
@@ -311,7 +311,7 @@ def _block_sparse_linear_dispatched(
         raise TypeError(
             f"x must be a torch tensor or numpy array; got {type(x).__name__}"
         )
-    W = W if hasattr(W, "pattern") else from_bsr(W)
+    W = W if hasattr(W, "pattern") else _from_bsr(W)
     y = block_sparse_linear_fields(
         x, W.values, W.crow_indices, W.col_indices, W.shape, bias, activation
     )
