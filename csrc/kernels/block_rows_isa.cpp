@@ -24,7 +24,7 @@ inline Vec get(const T* p, Whole) {
 }
 template <typename T>
 inline Vec get(const T* p, First part) {
-  return load_first(p, part.lanes);
+  return load(p, part.lanes);
 }
 template <typename T>
 inline void put(T* p, Whole, Vec a) {
@@ -32,7 +32,7 @@ inline void put(T* p, Whole, Vec a) {
 }
 template <typename T>
 inline void put(T* p, First part, Vec a) {
-  store_first(p, part.lanes, a);
+  store(p, a, part.lanes);
 }
 
 // body(offset, Whole or First) over `count` elements, a vector at a time.

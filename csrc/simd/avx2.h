@@ -20,12 +20,12 @@ inline Vec set1(float a) { return _mm256_set1_ps(a); }
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
 // The first n of kLanes floats, 0 < n < kLanes; the others are zero and not touched.
-inline __m256i first_lanes(int n) {
+inline __m256i lane_mask(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n),
                             _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-inline Vec load(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes(n)); }
-inline void store(float* p, Vec a, int n) { _mm256_maskstore_ps(p, first_lanes(n), a); }
+inline Vec load(const float* p, int n) { return _mm256_maskload_ps(p, lane_mask(n)); }
+inline void store(float* p, Vec a, int n) { _mm256_maskstore_ps(p, lane_mask(n), a); }
 // a as it is, rounded: what uses it is not fused with what made it.
 inline Vec rounded(Vec a) {
   asm("" : "+x"(a));
@@ -97,17 +97,6 @@ inline Vec twice_low(Vec a) {
 inline Vec twice_high(Vec a) {
   return _mm256_permutevar8x32_ps(a, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7));
 }
-// The first n lanes, 0 < n < kLanes; the others are 0. Touches no other memory.
-inline __m256i lane_mask(int n) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n),
-                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-inline Vec load_first(const float* p, int n) {
-  return _mm256_maskload_ps(p, lane_mask(n));
-}
-inline void store_first(float* p, int n, Vec a) {
-  _mm256_maskstore_ps(p, lane_mask(n), a);
-}
 // 1 for true, 0 for false.
 inline Vec load(const bool* p) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
@@ -131,12 +120,12 @@ inline void store(Bfloat16* p, Vec a) {
       _mm256_permute4x64_epi64(_mm256_packus_epi32(upper, upper), 0xD8);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
-inline Vec load_first(const Bfloat16* p, int n) {
+inline Vec load(const Bfloat16* p, int n) {
   Bfloat16 lanes[kLanes] = {};
   for (int i = 0; i < n; ++i) lanes[i] = p[i];
   return load(lanes);
 }
-inline void store_first(Bfloat16* p, int n, Vec a) {
+inline void store(Bfloat16* p, Vec a, int n) {
   Bfloat16 lanes[kLanes];
   store(lanes, a);
   for (int i = 0; i < n; ++i) p[i] = lanes[i];

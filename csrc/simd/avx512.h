@@ -20,12 +20,11 @@ inline Vec set1(float a) { return _mm512_set1_ps(a); }
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
 // The first n of kLanes floats, 0 < n < kLanes; the others are zero and not touched.
+inline __mmask16 lane_mask(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 inline Vec load(const float* p, int n) {
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << n) - 1), p);
+  return _mm512_maskz_loadu_ps(lane_mask(n), p);
 }
-inline void store(float* p, Vec a, int n) {
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1 << n) - 1), a);
-}
+inline void store(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, lane_mask(n), a); }
 // a as it is, rounded: what uses it is not fused with what made it.
 inline Vec rounded(Vec a) {
   asm("" : "+v"(a));
@@ -113,14 +112,6 @@ inline Vec twice_high(Vec a) {
   return _mm512_permutexvar_ps(
       _mm512_setr_epi32(8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15), a);
 }
-// The first n lanes, 0 < n < kLanes; the others are 0. Touches no other memory.
-inline __mmask16 lane_mask(int n) { return static_cast<__mmask16>((1u << n) - 1); }
-inline Vec load_first(const float* p, int n) {
-  return _mm512_maskz_loadu_ps(lane_mask(n), p);
-}
-inline void store_first(float* p, int n, Vec a) {
-  _mm512_mask_storeu_ps(p, lane_mask(n), a);
-}
 // 1 for true, 0 for false.
 inline Vec load(const bool* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -146,10 +137,10 @@ inline Vec load(const Bfloat16* p) {
 inline void store(Bfloat16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(a));
 }
-inline Vec load_first(const Bfloat16* p, int n) {
+inline Vec load(const Bfloat16* p, int n) {
   return from_bfloat16(_mm256_maskz_loadu_epi16(lane_mask(n), p));
 }
-inline void store_first(Bfloat16* p, int n, Vec a) {
+inline void store(Bfloat16* p, Vec a, int n) {
   _mm256_mask_storeu_epi16(p, lane_mask(n), to_bfloat16(a));
 }
 

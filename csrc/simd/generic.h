@@ -94,15 +94,6 @@ inline Vec pair_sums(Vec a, Vec b) {
 // a0, a0, a1, a1, ... of the lower and the upper half.
 inline Vec twice_low(Vec a) { return Vec{a[0], a[0], a[1], a[1]}; }
 inline Vec twice_high(Vec a) { return Vec{a[2], a[2], a[3], a[3]}; }
-// The first n lanes, 0 < n < kLanes; the others are 0. Touches no other memory.
-inline Vec load_first(const float* p, int n) {
-  float lanes[kLanes] = {};
-  for (int i = 0; i < n; ++i) lanes[i] = p[i];
-  return load(lanes);
-}
-inline void store_first(float* p, int n, Vec a) {
-  for (int i = 0; i < n; ++i) p[i] = a[i];
-}
 // 1 for true, 0 for false.
 inline Vec load(const bool* p) {
   return Vec{p[0] ? 1.0f : 0.0f, p[1] ? 1.0f : 0.0f, p[2] ? 1.0f : 0.0f,
@@ -119,12 +110,12 @@ inline void store(Bfloat16* p, Vec a) {
   const Words rounded = ((quiet & nan) | (up & ~nan)) >> 16;
   for (int i = 0; i < kLanes; ++i) p[i].bits = static_cast<uint16_t>(rounded[i]);
 }
-inline Vec load_first(const Bfloat16* p, int n) {
+inline Vec load(const Bfloat16* p, int n) {
   Bfloat16 lanes[kLanes] = {};
   for (int i = 0; i < n; ++i) lanes[i] = p[i];
   return load(lanes);
 }
-inline void store_first(Bfloat16* p, int n, Vec a) {
+inline void store(Bfloat16* p, Vec a, int n) {
   Bfloat16 lanes[kLanes];
   store(lanes, a);
   for (int i = 0; i < n; ++i) p[i] = lanes[i];

@@ -79,9 +79,6 @@ inline Vec pair_sums(Vec a, Vec b) { return vpaddq_f32(a, b); }
 // a0, a0, a1, a1, ... of the lower and the upper half.
 inline Vec twice_low(Vec a) { return vzip1q_f32(a, a); }
 inline Vec twice_high(Vec a) { return vzip2q_f32(a, a); }
-// The first n lanes, 0 < n < kLanes; the others are 0. Touches no other memory.
-inline Vec load_first(const float* p, int n) { return load(p, n); }
-inline void store_first(float* p, int n, Vec a) { store(p, a, n); }
 // 1 for true, 0 for false.
 inline Vec load(const bool* p) {
   const uint32_t flags[kLanes] = {p[0], p[1], p[2], p[3]};
@@ -101,12 +98,12 @@ inline void store(Bfloat16* p, Vec a) {
   const uint32x4_t rounded = vbslq_u32(vceqq_f32(a, a), up, quiet);
   vst1_u16(&p->bits, vshrn_n_u32(rounded, 16));
 }
-inline Vec load_first(const Bfloat16* p, int n) {
+inline Vec load(const Bfloat16* p, int n) {
   Bfloat16 lanes[kLanes] = {};
   for (int i = 0; i < n; ++i) lanes[i] = p[i];
   return load(lanes);
 }
-inline void store_first(Bfloat16* p, int n, Vec a) {
+inline void store(Bfloat16* p, Vec a, int n) {
   Bfloat16 lanes[kLanes];
   store(lanes, a);
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
