@@ -8,6 +8,7 @@
 #include "kernels/read_bandwidth.h"
 #include "kernels/variants.h"
 #include "runtime/isa.h"
+#include "runtime/scratch.h"
 #include "runtime/threads.h"
 
 namespace py = pybind11;
@@ -26,6 +27,7 @@ void register_runtime(py::module_& module) {
   module.def("tile_peak", &tile_peak, py::call_guard<py::gil_scoped_release>());
   module.def("read_bandwidth", &read_bandwidth, py::arg("bytes"),
              py::call_guard<py::gil_scoped_release>());
+  module.def("l2_cache_bytes", &l2_cache_bytes);
   module.def("token_tile", [] {
     const Variants& isa = variants(active_isa());
     return std::make_pair(isa.lanes, isa.max_vectors);

@@ -19,11 +19,6 @@ constexpr int64_t kThreadWork = 250'000;
 // A few tokens cost as much as this many: reading the weights takes the time.
 constexpr int64_t kReadingTokens = 4;
 
-int64_t kept_weights(const BlockSparseView& weight) {
-  const int64_t grid_rows = weight.out_features / weight.block_rows;
-  return weight.crow_indices[grid_rows] * weight.block_rows * weight.block_cols;
-}
-
 // Tokens that multiply_few_tokens takes in less time than a vector of tokens takes.
 // Wide single-row blocks take each token by itself.
 int64_t few_tokens_limit(const Variants& isa, const Product* products, int64_t count) {
@@ -172,8 +167,8 @@ void Multiplication::in_tiles(const float* x, int64_t tokens) {
   const int64_t most = (vectors + split.groups - 1) / split.groups;
   const int64_t held =
       std::min(tiles_in_l2(), (most + isa_.max_vectors - 1) / isa_.max_vectors);
-  const int64_t x_floats = (held * in_ * width + 15) / 16 * 16;
-  const int64_t y_floats = (max_part_rows() * width + 15) / 16 * 16;
+  const int64_t x_floats = in_lines(held * in_ * width);
+  const int64_t y_floats = in_lines(max_part_rows() * width);
   const int64_t floats = x_floats + y_floats;
   float* const scratch = scratch_floats(threads_ * floats);
   const auto tiles = split_groups(tokens, split.groups, isa_);

@@ -38,6 +38,11 @@ struct BlockSparseView {
   const float* values;          // (nnz, c, r)
 };
 
+inline int64_t kept_weights(const BlockSparseView& weight) {
+  const int64_t grid_rows = weight.out_features / weight.block_rows;
+  return weight.crow_indices[grid_rows] * weight.block_rows * weight.block_cols;
+}
+
 struct Schedule;
 
 struct Epilogue {

@@ -34,17 +34,8 @@ constexpr int64_t kSerialWork = 500'000;
 
 size_t at(int64_t i) { return static_cast<size_t>(i); }
 
-// Floats of whole cache lines.
-int64_t in_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
-
-int64_t number_of_blocks(const BlockSparseView& weight) {
-  return weight.crow_indices[weight.out_features / weight.block_rows];
-}
-
 int useful_threads(const BlockSparseView& weight, int64_t tokens, int threads) {
-  const int64_t work =
-      number_of_blocks(weight) * weight.block_rows * weight.block_cols * tokens;
-  return work < kSerialWork ? 1 : std::max(threads, 1);
+  return kept_weights(weight) * tokens < kSerialWork ? 1 : std::max(threads, 1);
 }
 
 // ---- dx
@@ -448,8 +439,7 @@ void block_sparse_grad_values(const BlockSparseView& weight,
                               const TransposedIndex& index, const float* dy,
                               const float* x, int64_t tokens, float* dvalues,
                               int threads) {
-  const int64_t count =
-      number_of_blocks(weight) * weight.block_rows * weight.block_cols;
+  const int64_t count = kept_weights(weight);
   if (count == 0) return;
   std::memset(dvalues, 0, at(count) * sizeof(float));
   if (tokens == 0) return;

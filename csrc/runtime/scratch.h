@@ -11,6 +11,9 @@ namespace pybsp {
 // thread's next call. Throws std::bad_alloc.
 float* scratch_floats(int64_t count);
 
+// Floats of whole cache lines.
+inline int64_t in_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
+
 // Bytes of the second-level cache of one core; a megabyte where the system does not
 // say.
 int64_t l2_cache_bytes();

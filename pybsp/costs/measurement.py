@@ -11,7 +11,6 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -47,13 +46,8 @@ LONG_ROW_NS = 1_800_000
 
 
 def this_machine() -> Machine:
-    """The tile of the active instruction set and, where the system tells it, L2."""
-    file = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
-    try:
-        l2_bytes = 1024 * int(file.read_text().strip().removesuffix("K"))
-    except (OSError, ValueError):
-        return Machine(*ops.token_tile())
-    return Machine(*ops.token_tile(), l2_bytes)
+    """The tile of the active instruction set, and L2."""
+    return Machine(*ops.token_tile(), ops.l2_cache_bytes())
 
 
 def best_times(
