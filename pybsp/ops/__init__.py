@@ -17,6 +17,16 @@ except ImportError as error:
         "and import the installed package from another directory"
     ) from error
 
+from .encoder import Encoder
+from .encoder_spec import (
+    AttentionSpec,
+    EmbeddingsSpec,
+    EncoderSpec,
+    FeedForwardSpec,
+    LayerSpec,
+    LinearSpec,
+    NormSpec,
+)
 from .fields import bind_pattern, column_major_blocks, int32_indices
 from .linear import (
     block_sparse_linear,
@@ -57,6 +67,14 @@ from .training import (
 
 __all__ = [
     "TRAINED_DTYPES",
+    "AttentionSpec",
+    "EmbeddingsSpec",
+    "Encoder",
+    "EncoderSpec",
+    "FeedForwardSpec",
+    "LayerSpec",
+    "LinearSpec",
+    "NormSpec",
     "TokenTiles",
     "active_isa",
     "apply_block_mask_",
