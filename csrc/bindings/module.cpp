@@ -6,4 +6,5 @@ PYBIND11_MODULE(_core, module) {
   pybsp::register_runtime(module);
   pybsp::register_group_lasso(module);
   pybsp::register_block_sparse_gemm(module);
+  pybsp::register_encoder(module);
 }

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "kernels/attention.h"
 #include "kernels/block_sparse_gemm.h"
 #include "kernels/transposed_index.h"
 #include "runtime/isa.h"
@@ -115,6 +116,19 @@ struct Variants {
   void (*multiply_few_tokens)(const BlockSparseView& weight, int64_t first,
                               int64_t last, const float* x, int64_t tokens,
                               const float* bias, float* y);
+
+  // One head for one piece of queries, see attention.h.
+  void (*attention)(const AttentionPiece& piece);
+  // y = (x - mean) / sqrt(variance + eps) * weight + bias over the features of each
+  // lane; bias may be null and y_tile be x_tile.
+  void (*layer_norm)(const float* x_tile, int64_t features, int vectors,
+                     const float* weight, const float* bias, float eps, float* y_tile);
+  // first, second = first cos - second sin, second cos + first sin, of `count` lanes.
+  void (*rotate)(float* first, float* second, const float* cosines, const float* sines,
+                 int64_t count);
+  // y[i] = activation(a[i]) b[i] of `count` lanes; y may be a.
+  void (*gate)(const float* a, const float* b, int64_t count, Activation activation,
+               float* y);
 
   // dx_tile[feature - first_feature][lane] = W^T dy over one part of a transposed
   // index.

@@ -23,6 +23,13 @@ void finish(const float* sums, int64_t count, Activation activation,
             const float* residual, float* y);
 void multiply_few_tokens(const BlockSparseView& weight, int64_t first, int64_t last,
                          const float* x, int64_t tokens, const float* bias, float* y);
+void attention(const AttentionPiece& piece);
+void layer_norm(const float* x_tile, int64_t features, int vectors, const float* weight,
+                const float* bias, float eps, float* y_tile);
+void rotate(float* first, float* second, const float* cosines, const float* sines,
+            int64_t count);
+void gate(const float* a, const float* b, int64_t count, Activation activation,
+          float* y);
 void multiply_runs(const BlockSparseView& weight, RunTiles tiles, const float* dy_tile,
                    int vectors, float* dx_tile);
 void multiply_block_columns(const BlockSparseView& weight, BlockColumns columns,

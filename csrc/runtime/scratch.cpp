@@ -15,15 +15,16 @@ struct AlignedDelete {
   void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
 };
 
-struct Scratch {
+struct Memory {
   std::unique_ptr<float[], AlignedDelete> floats;
   int64_t count = 0;
 };
 
 }  // namespace
 
-float* scratch_floats(int64_t count) {
-  thread_local Scratch scratch;
+float* scratch_floats(int64_t count, Scratch use) {
+  thread_local Memory memory[2];
+  Memory& scratch = memory[static_cast<int>(use)];
   if (count > scratch.count) {
     scratch.floats.reset();
     scratch.count = 0;

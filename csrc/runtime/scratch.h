@@ -7,9 +7,12 @@
 
 namespace pybsp {
 
+// Who uses it: an encoder calls operations that have their own.
+enum class Scratch { operation, encoder };
+
 // At least `count` floats, 64-byte aligned, with any contents; valid until the calling
-// thread's next call. Throws std::bad_alloc.
-float* scratch_floats(int64_t count);
+// thread's next call for the same use. Throws std::bad_alloc.
+float* scratch_floats(int64_t count, Scratch use = Scratch::operation);
 
 // Floats of whole cache lines.
 inline int64_t in_lines(int64_t floats) { return (floats + 15) / 16 * 16; }

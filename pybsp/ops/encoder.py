@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
-from .. import reference_encoder
-from .encoder_spec import EncoderSpec
+from .. import _core
+from .encoder_spec import (
+    AttentionSpec,
+    EmbeddingsSpec,
+    EncoderSpec,
+    FeedForwardSpec,
+    LayerSpec,
+    LinearSpec,
+    NormSpec,
+)
+from .fields import bind_pattern
+from .linear import CODES, check_activation
 
 
 class Encoder:
-    """Computes an ``EncoderSpec`` natively, on the tokens that are not padding only."""
+    """Computes an ``EncoderSpec`` natively, on the tokens that are not padding only.
+
+    ``ValueError`` or ``TypeError`` for parts that do not fit each other. Safe to call
+    from several threads; a call releases the GIL.
+    """
 
     def __init__(self, spec: EncoderSpec) -> None:
         self.spec = spec
+        self._kept: list[Any] = []
+        none = (0, 0)
+        embeddings = spec.embeddings
+        tables = (
+            [none] * 3
+            if embeddings is None
+            else [self._table(name, table) for name, table in _tables(embeddings)]
+        )
+        layers = [self._layer(f"layer {i}", one) for i, one in enumerate(spec.layers)]
+        self._native = _core.Encoder(
+            spec.features, spec.norm_first, layers, *tables,
+            self._norm("embeddings", None if embeddings is None else embeddings.norm),
+            self._norm("final norm", spec.final_norm),
+        )  # fmt: skip
 
     def __call__(
         self,
@@ -33,7 +64,182 @@ class Encoder:
         token_types, positions : int64 ``(batch, length)`` rows of their tables; default
             0, and the place in the row. Windows, rotations and relative biases always
             go by the place in the row.
+
+        ``IndexError`` for a row that a table does not have.
         """
-        return reference_encoder.encoder(
-            self.spec, ids, hidden, mask, token_types, positions
+        spec = self.spec
+        source = ids if spec.embeddings is not None else hidden
+        if source is None or (ids is None) == (hidden is None):
+            wanted = "hidden" if spec.embeddings is None else "ids"
+            raise ValueError(
+                f"this encoder {'starts from hidden states' if spec.embeddings is None else 'has embeddings'}"  # noqa: E501
+                f": give {wanted} and not the other"
+            )
+        batch, length = source.shape[:2]
+        if hidden is not None:
+            wanted_shape: tuple[int, ...] = (batch, length, spec.features)
+            source = _checked("hidden", hidden, torch.float32, wanted_shape)
+        else:
+            source = _checked("ids", source, torch.int64, (batch, length))
+        if mask is not None:
+            if mask.shape != (batch, length):
+                raise ValueError(
+                    f"mask has shape {tuple(mask.shape)}; it must be (batch, length) = "
+                    f"({batch}, {length})"
+                )
+            mask = mask.ne(0).contiguous()
+        token_types, positions = (
+            None if rows is None else _checked(name, rows, torch.int64, (batch, length))
+            for name, rows in (("token_types", token_types), ("positions", positions))
         )
+        y = torch.empty(batch, length, spec.features, dtype=torch.float32, device="cpu")
+        address = source.data_ptr()
+        self._native.run(
+            batch, length,
+            address if ids is not None else 0, address if ids is None else 0,
+            0 if mask is None else mask.data_ptr(),
+            0 if token_types is None else token_types.data_ptr(),
+            0 if positions is None else positions.data_ptr(),
+            y.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+    def _layer(self, name: str, spec: LayerSpec) -> Any:
+        return _core.EncoderLayer(
+            self._attention(f"the attention of {name}", spec.attention),
+            self._norm(f"the attention of {name}", spec.attention_norm),
+            self._feed_forward(f"the feed-forward part of {name}", spec.feed_forward),
+            self._norm(f"the feed-forward part of {name}", spec.feed_forward_norm),
+        )
+
+    def _attention(self, name: str, spec: AttentionSpec) -> Any:
+        features = self.spec.features
+        output_shape = _shape(spec.output)
+        width, heads = output_shape[1], spec.heads
+        if heads < 1 or width % heads:
+            raise ValueError(f"{name}: {heads} heads do not divide its width, {width}")
+        count = len(spec.projections)
+        if count not in (1, 3):
+            raise ValueError(
+                f"{name} has {count} projections; give query, key and value, or one "
+                "matrix with the outputs of all three"
+            )
+        each = width if count == 3 else 3 * width
+        projections = [
+            self._linear(name, one, (each, features)) for one in spec.projections
+        ]
+        head_dim = width // heads
+        rotary_positions, rotation = 0, (0, 0)
+        if (spec.cos is None) != (spec.sin is None):
+            raise ValueError(f"{name}: give both cos and sin, or neither")
+        if spec.cos is not None and spec.sin is not None:
+            if head_dim % 2:
+                raise ValueError(f"{name}: heads of {head_dim} features have no halves")
+            rotary_positions = spec.cos.shape[0]
+            wanted = (rotary_positions, head_dim // 2)
+            rotation = (
+                self._keep(f"{name}, cos", spec.cos, wanted),
+                self._keep(f"{name}, sin", spec.sin, wanted),
+            )
+        bias, bias_positions = 0, 0
+        if spec.relative_bias is not None:
+            bias_positions = (spec.relative_bias.shape[-1] + 1) // 2
+            wanted = (heads, 2 * bias_positions - 1)
+            bias = self._keep(f"{name}, relative_bias", spec.relative_bias, wanted)
+        if spec.window is not None and spec.window < 0:
+            raise ValueError(f"{name}: window must be 0 or more; got {spec.window}")
+        return _core.SelfAttention(
+            projections,
+            self._linear(name, spec.output, (features, width)),
+            heads, spec.scale, -1 if spec.window is None else spec.window, *rotation,
+            rotary_positions, bias, bias_positions,
+        )  # fmt: skip
+
+    def _feed_forward(self, name: str, spec: FeedForwardSpec) -> Any:
+        check_activation(spec.activation)
+        features = self.spec.features
+        inner = _shape(spec.down)[1]
+        up = self._linear(name, spec.up, ((2 if spec.gated else 1) * inner, features))
+        down = self._linear(name, spec.down, (features, inner))
+        return _core.FeedForward(up, CODES[spec.activation], down, spec.gated)
+
+    def _linear(
+        self, name: str, spec: LinearSpec, shape: tuple[int, int]
+    ) -> tuple[Any, int, int]:
+        if _shape(spec) != shape:
+            raise ValueError(
+                f"{name}: a weight has shape {_shape(spec)} and the parts around it "
+                f"want {shape}"
+            )
+        weight = spec.weight
+        if isinstance(weight, torch.Tensor):
+            values = self._keep(f"{name}, weight", weight, shape)
+            pattern = _dense_pattern(weight)
+        else:
+            values, pattern = weight.values.data_ptr(), weight.pattern
+            self._kept.append(weight.values)
+        self._kept.append(pattern)
+        bias = spec.bias
+        return (
+            pattern,
+            values,
+            0 if bias is None else self._keep(f"{name}, bias", bias, shape[:1]),
+        )
+
+    def _norm(self, name: str, spec: NormSpec | None) -> tuple[int, int, float]:
+        if spec is None:
+            return 0, 0, 0.0
+        shape, bias = (self.spec.features,), spec.bias
+        return (
+            self._keep(f"the norm of {name}", spec.weight, shape),
+            0 if bias is None else self._keep(f"the norm of {name}", bias, shape),
+            spec.eps,
+        )
+
+    def _table(self, name: str, table: torch.Tensor | None) -> tuple[int, int]:
+        if table is None:
+            return 0, 0
+        shape = (table.shape[0], self.spec.features)
+        return self._keep(f"the table of {name}", table, shape), shape[0]
+
+    def _keep(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> int:
+        """The address of ``tensor``, which must be usable where it lies."""
+        tensor = tensor.detach()
+        if _checked(name, tensor, torch.float32, shape) is not tensor:
+            raise ValueError(f"{name}: the tensor must be contiguous")
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def _tables(spec: EmbeddingsSpec) -> Iterator[tuple[str, torch.Tensor | None]]:
+    yield "words", spec.words
+    yield "positions", spec.positions
+    yield "token types", spec.token_types
+
+
+def _shape(spec: LinearSpec) -> tuple[int, int]:
+    return spec.weight.shape[0], spec.weight.shape[1]
+
+
+def _dense_pattern(weight: torch.Tensor) -> Any:
+    """A dense matrix is one of single-row blocks as wide as itself: its rows as they
+    lie are the values."""
+    rows = weight.shape[0]
+    crow_indices = torch.arange(rows + 1, dtype=torch.int32)
+    col_indices = torch.zeros(rows, dtype=torch.int32)
+    shape = (rows, weight.shape[1])
+    return bind_pattern(crow_indices, col_indices, weight.unsqueeze(1), shape)
+
+
+def _checked(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]
+) -> torch.Tensor:
+    if tensor.dtype is not dtype:
+        raise TypeError(f"{name} must be {dtype}; got {tensor.dtype}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}"
+        )
+    if not tensor.is_cpu:
+        raise ValueError(f"{name} is on {tensor.device}; move it to the CPU")
+    return tensor.contiguous()

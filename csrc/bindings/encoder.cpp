@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "encoder/encoder.h"
+
+#include <tuple>
+#include <vector>
+
+#include "bindings/module.h"
+#include "bindings/pattern.h"
+
+namespace pybsp {
+namespace {
+
+// Addresses of tensors that pybsp.ops.Encoder has checked and keeps alive, 0 for none.
+const float* floats(uintptr_t address) {
+  return reinterpret_cast<const float*>(address);
+}
+const int64_t* integers(uintptr_t address) {
+  return reinterpret_cast<const int64_t*>(address);
+}
+
+// (pattern, values, bias)
+using LinearArguments = std::tuple<const BlockSparsePattern*, uintptr_t, uintptr_t>;
+// (weight, bias, eps)
+using NormArguments = std::tuple<uintptr_t, uintptr_t, float>;
+// (rows, count)
+using TableArguments = std::tuple<uintptr_t, int64_t>;
+
+EncoderLinear linear(const LinearArguments& arguments) {
+  const auto& [pattern, values, bias] = arguments;
+  BlockSparseView weight = pattern->view();
+  weight.values = floats(values);
+  return {weight, &pattern->token_lanes(), floats(bias)};
+}
+
+LayerNorm layer_norm(const NormArguments& arguments) {
+  const auto& [weight, bias, eps] = arguments;
+  return {floats(weight), floats(bias), eps};
+}
+
+EmbeddingTable table(const TableArguments& arguments) {
+  const auto& [rows, count] = arguments;
+  return {floats(rows), count};
+}
+
+SelfAttention self_attention(const std::vector<LinearArguments>& projections,
+                             const LinearArguments& output, int64_t heads, float scale,
+                             int64_t window, uintptr_t cosines, uintptr_t sines,
+                             int64_t rotary_positions, uintptr_t relative_bias,
+                             int64_t bias_positions) {
+  SelfAttention attention{};
+  for (const LinearArguments& projection : projections) {
+    attention.projections.push_back(linear(projection));
+  }
+  attention.output = linear(output);
+  attention.heads = heads;
+  attention.head_dim = attention.output.weight.in_features / heads;
+  attention.scale = scale;
+  attention.window = window;
+  attention.cosines = floats(cosines);
+  attention.sines = floats(sines);
+  attention.rotary_positions = rotary_positions;
+  attention.relative_bias = floats(relative_bias);
+  attention.bias_positions = bias_positions;
+  return attention;
+}
+
+FeedForward feed_forward(const LinearArguments& up, int activation,
+                         const LinearArguments& down, bool gated) {
+  return {linear(up), static_cast<Activation>(activation), linear(down), gated};
+}
+
+}  // namespace
+
+void register_encoder(py::module_& module) {
+  using py::arg;
+  py::class_<SelfAttention>(module, "SelfAttention")
+      .def(py::init(&self_attention), arg("projections"), arg("output"), arg("heads"),
+           arg("scale"), arg("window"), arg("cosines"), arg("sines"),
+           arg("rotary_positions"), arg("relative_bias"), arg("bias_positions"));
+  py::class_<FeedForward>(module, "FeedForward")
+      .def(py::init(&feed_forward), arg("up"), arg("activation"), arg("down"),
+           arg("gated"));
+  py::class_<EncoderLayer>(module, "EncoderLayer")
+      .def(py::init([](const SelfAttention& attention, const NormArguments& norm,
+                       const FeedForward& part, const NormArguments& part_norm) {
+             return EncoderLayer{attention, layer_norm(norm), part,
+                                 layer_norm(part_norm)};
+           }),
+           arg("attention"), arg("attention_norm"), arg("feed_forward"),
+           arg("feed_forward_norm"));
+  py::class_<Encoder>(module, "Encoder")
+      .def(
+          py::init(
+              [](int64_t features, bool norm_first,
+                 const std::vector<EncoderLayer>& layers, const TableArguments& words,
+                 const TableArguments& positions, const TableArguments& token_types,
+                 const NormArguments& embedding_norm, const NormArguments& final_norm) {
+                return Encoder{features,
+                               norm_first,
+                               layers,
+                               table(words),
+                               table(positions),
+                               table(token_types),
+                               layer_norm(embedding_norm),
+                               layer_norm(final_norm)};
+              }),
+          arg("features"), arg("norm_first"), arg("layers"), arg("words"),
+          arg("positions"), arg("token_types"), arg("embedding_norm"),
+          arg("final_norm"))
+      .def(
+          "run",
+          [](const Encoder& encoder, int64_t batch, int64_t length, uintptr_t ids,
+             uintptr_t hidden, uintptr_t mask, uintptr_t token_types,
+             uintptr_t positions, uintptr_t y, int threads) {
+            const EncoderInput input{batch,
+                                     length,
+                                     integers(ids),
+                                     floats(hidden),
+                                     reinterpret_cast<const bool*>(mask),
+                                     integers(token_types),
+                                     integers(positions)};
+            py::gil_scoped_release release;
+            run_encoder(encoder, input, reinterpret_cast<float*>(y), threads);
+          },
+          arg("batch"), arg("length"), arg("ids"), arg("hidden"), arg("mask"),
+          arg("token_types"), arg("positions"), arg("y"), arg("threads"));
+}
+
+}  // namespace pybsp

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+// One head of softmax(scale Q K^T + bias) V for a piece of the queries of a sequence.
+//
+// Queries, keys and values lie in token tiles, [feature of the head][token]. The tokens
+// of a sequence need not begin or end where a tile does: they come in runs, tokens with
+// consecutive lanes of one tile and consecutive positions in the sequence. A query is a
+// lane of the product with the keys and a row of it a key, so that softmax reduces over
+// rows and a key or value is a broadcast scalar, as weights are in block_sparse_gemm.h.
+//
+// A query's bits depend on its sequence alone: not on how it is cut into runs, nor on
+// the queries beside it.
+#pragma once
+
+#include <cstdint>
+
+namespace pybsp {
+
+// Keys and values of consecutive tokens; feature d of token j at [d * stride + j].
+struct KeyRun {
+  const float* keys;
+  const float* values;
+  int64_t stride;
+  int64_t count;
+  int64_t position;  // of the first token
+};
+
+struct AttentionPiece {
+  const float* queries;  // as KeyRun::keys
+  int64_t stride;
+  int64_t count;     // 1 to lanes x max_vectors
+  int64_t position;  // of the first query
+  const KeyRun* runs;
+  int64_t num_runs;  // with at least one key
+  int64_t head_dim;
+  float scale;
+  // bias[query position - key position], readable for max_vectors x lanes - 1 more than
+  // the largest of them; or null. -infinity hides a key.
+  const float* bias;
+  // attention_scratch floats, 64-byte aligned; overlaps nothing.
+  float* scratch;
+  // Feature d of query i at [d * y_stride + i]; may be `queries` itself.
+  float* y;
+  int64_t y_stride;
+};
+
+// `width`: lanes x max_vectors of the instruction set.
+inline int64_t attention_scratch(int64_t head_dim, int64_t keys, int64_t width) {
+  return (2 * head_dim + keys) * width;
+}
+
+}  // namespace pybsp

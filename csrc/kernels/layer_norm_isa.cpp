@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+// What an encoder layer does between its products, on tiles: reductions over features
+// are sums of rows, so nothing is added across lanes.
+#include "kernels/activation.h"
+#include "kernels/variants_isa.h"
+#include "simd/simd.h"
+
+namespace pybsp::PYBSP_ISA {
+namespace {
+
+// Sums of four rows apart: one alone would wait for each addition.
+constexpr int kSums = 4;
+
+// The sum over features of (x - shift)^kPower, of one vector of tokens.
+template <bool kSquare>
+inline Vec sum_rows(const float* x, int64_t features, int64_t width, Vec shift) {
+  Vec sums[kSums];
+  PYBSP_UNROLL
+  for (int i = 0; i < kSums; ++i) sums[i] = zero();
+  const auto term = [&](int64_t row) {
+    const Vec a = sub(load(x + row * width), shift);
+    return kSquare ? mul(a, a) : a;
+  };
+  int64_t row = 0;
+  for (; row + kSums <= features; row += kSums) {
+    PYBSP_UNROLL
+    for (int i = 0; i < kSums; ++i) sums[i] = add(sums[i], term(row + i));
+  }
+  for (; row < features; ++row) sums[0] = add(sums[0], term(row));
+  return add(add(sums[0], sums[1]), add(sums[2], sums[3]));
+}
+
+}  // namespace
+
+void layer_norm(const float* x_tile, int64_t features, int vectors, const float* weight,
+                const float* bias, float eps, float* y_tile) {
+  const int64_t width = int64_t{vectors} * kLanes;
+  const Vec count = set1(static_cast<float>(features));
+  for (int v = 0; v < vectors; ++v) {
+    const float* const x = x_tile + v * kLanes;
+    float* const y = y_tile + v * kLanes;
+    // The first row is near the mean for rows that are far from zero: it keeps digits.
+    const Vec first = load(x);
+    const Vec mean = add(first, div(sum_rows<false>(x, features, width, first), count));
+    const Vec variance = div(sum_rows<true>(x, features, width, mean), count);
+    const Vec scale = div(set1(1.0f), sqrt(add(variance, set1(eps))));
+    for (int64_t row = 0; row < features; ++row) {
+      const Vec a = mul(sub(load(x + row * width), mean), scale);
+      const Vec shift = bias ? set1(bias[row]) : zero();
+      store(y + row * width, fma(a, set1(weight[row]), shift));
+    }
+  }
+}
+
+void rotate(float* first, float* second, const float* cosines, const float* sines,
+            int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec a = load(first + i), b = load(second + i);
+    const Vec cosine = load(cosines + i), sine = load(sines + i);
+    store(first + i, sub(mul(a, cosine), mul(b, sine)));
+    store(second + i, fma(b, cosine, mul(a, sine)));
+  }
+}
+
+namespace {
+
+template <Activation kActivation>
+void gate_all(const float* a, const float* b, int64_t count, float* y) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    store(y + i, mul(activate<kActivation>(load(a + i)), load(b + i)));
+  }
+}
+
+}  // namespace
+
+void gate(const float* a, const float* b, int64_t count, Activation activation,
+          float* y) {
+  switch (activation) {
+    case Activation::none:
+      return gate_all<Activation::none>(a, b, count, y);
+    case Activation::relu:
+      return gate_all<Activation::relu>(a, b, count, y);
+    case Activation::gelu:
+      return gate_all<Activation::gelu>(a, b, count, y);
+    case Activation::gelu_tanh:
+      return gate_all<Activation::gelu_tanh>(a, b, count, y);
+    case Activation::silu:
+      return gate_all<Activation::silu>(a, b, count, y);
+  }
+}
+
+}  // namespace pybsp::PYBSP_ISA
