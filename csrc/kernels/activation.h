@@ -10,22 +10,43 @@
 namespace pybsp::PYBSP_ISA {
 namespace {
 
+// Added to a number under 2^22 it leaves no bits for a fraction: the sum is rounded to
+// an integer n, which is then in its low bits.
+constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
+
 // e^a for a <= 0; zero under `lowest`, at least -87.3, where the result would no longer
 // be a normal float (so that no tail is left that a huge factor could lift). Cody-Waite
 // reduction a = n ln 2 + r, |r| <= ln 2 / 2, and a degree-6 polynomial fitted to e^r
 // with relative error 3e-9.
 inline Vec exp(Vec exponent, float lowest = -87.3f) {
   const Vec a = max(exponent, set1(lowest));
-  Vec n = round(mul(a, set1(1.44269504f)));
+  const Vec shifted = fma(a, set1(1.44269504f), set1(kShift));
+  const Vec n = sub(shifted, set1(kShift));
   Vec r = fma(n, set1(-0.693359375f), a);
   r = fma(n, set1(2.12194440e-4f), r);
   Vec p = set1(0.001381393987685442f);
   p = fma(p, r, set1(0.008368910290300846f));
-  p = fma(p, r, set1(0.04166841134428978f));
+  p = fma(p, r, set1(0.04166841434128978f));
   p = fma(p, r, set1(0.1666651964187622f));
   p = fma(p, r, set1(0.4999999403953552f));
-  Vec e = fma(mul(r, r), p, add(r, set1(1.0f)));
-  return select_gt(set1(lowest), exponent, zero(), mul(e, pow2(n)));
+  const Vec e = fma(mul(r, r), p, add(r, set1(1.0f)));
+  return select_gt(set1(lowest), exponent, zero(), scale_by_pow2(e, shifted));
+}
+
+// 2^a for a <= 0; zero under -126. A polynomial of degree 6 fitted to 2^r, |r| <= 1/2,
+// with relative error 2e-9. NaN stays NaN.
+inline Vec exp2(Vec exponent) {
+  const Vec lowest = set1(-126.0f), a = max(lowest, exponent);
+  const Vec shifted = add(a, set1(kShift));
+  const Vec r = sub(a, sub(shifted, set1(kShift)));
+  Vec p = set1(1.535336196e-4f);
+  p = fma(p, r, set1(1.339887502e-3f));
+  p = fma(p, r, set1(9.618436918e-3f));
+  p = fma(p, r, set1(5.550332367e-2f));
+  p = fma(p, r, set1(2.402264774e-1f));
+  p = fma(p, r, set1(6.931471825e-1f));
+  p = fma(p, r, set1(1.0f));
+  return select_gt(lowest, exponent, zero(), scale_by_pow2(p, shifted));
 }
 
 // 1 / (1 + e^-a) for a > 0 and e^a / (1 + e^a) otherwise: nothing overflows.

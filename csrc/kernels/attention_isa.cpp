@@ -8,6 +8,8 @@
 namespace pybsp::PYBSP_ISA {
 namespace {
 
+constexpr float kLog2E = 1.44269504f;
+
 // Calls function<rows>(...) with rows in [1, kTileRows<kVectors>].
 #define PYBSP_WITH_ROWS(rows, function, ...)           \
   switch (rows) {                                      \
@@ -34,10 +36,11 @@ namespace {
       }                                                \
   }
 
-// packed[d][query] = scale * query; lanes past the last query are zero.
+// packed[d][query] = scale log2(e) query, so that softmax is made of powers of two;
+// lanes past the last query are zero.
 template <int kVectors>
 void pack_queries(const AttentionPiece& piece, float* packed) {
-  const Vec scale = set1(piece.scale);
+  const Vec scale = set1(piece.scale * kLog2E);
   const float* in = piece.queries;
   const int last = static_cast<int>(piece.count - (kVectors - 1) * kLanes);
   for (int64_t d = 0; d < piece.head_dim; ++d) {
@@ -135,7 +138,7 @@ void add_some_values(int64_t rows, const float* values, int64_t stride, int64_t 
 
 #undef PYBSP_WITH_ROWS
 
-// scores[key][query] += bias[query - key] for the keys of one run.
+// scores[key][query] += log2(e) bias[query - key] for the keys of one run.
 template <int kVectors>
 void add_bias(const float* bias, int64_t distance, int64_t keys, float* scores) {
   for (int64_t key = 0; key < keys; ++key) {
@@ -143,13 +146,13 @@ void add_bias(const float* bias, int64_t distance, int64_t keys, float* scores) 
     PYBSP_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       float* const score = scores + v * kLanes;
-      store(score, add(load(score), load(at + v * kLanes)));
+      store(score, fma(load(at + v * kLanes), set1(kLog2E), load(score)));
     }
     scores += kVectors * kLanes;
   }
 }
 
-// scores[key] = e^(scores[key] - max); total = their sum over keys.
+// scores[key] = 2^(scores[key] - max); total = their sum over keys.
 template <int kVectors>
 void exponentials(float* scores, int64_t keys, Vec (&total)[kVectors]) {
   constexpr int64_t kWidth = kVectors * kLanes;
@@ -169,7 +172,7 @@ void exponentials(float* scores, int64_t keys, Vec (&total)[kVectors]) {
     PYBSP_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       float* const at = scores + key * kWidth + v * kLanes;
-      const Vec e = exp(sub(load(at), largest[v]));
+      const Vec e = exp2(sub(load(at), largest[v]));
       store(at, e);
       total[v] = add(total[v], e);
     }

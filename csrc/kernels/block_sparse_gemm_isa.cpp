@@ -26,6 +26,10 @@ inline void start_sums(TileStart start, const float* y, Vec (&acc)[kRows][kVecto
   }
 }
 
+// Floats ahead of the weights in use that are fetched into L1. A model's weights stream
+// from beyond L2, and the CPU's own prefetching stops at the end of each page.
+constexpr int64_t kWeightsAhead = 1024;
+
 // Columns ahead of the one that is multiplied whose inputs are fetched into L1.
 constexpr int64_t kPrefetchColumns = 8;
 
@@ -67,6 +71,7 @@ void multiply_tile(const int32_t* col_indices, int64_t blocks, const float* w,
           acc[row][v] = fma(weight, in[v], acc[row][v]);
         }
       }
+      prefetch(w + kWeightsAhead);
       w += block_rows;
       x += kWidth;
     }
@@ -160,7 +165,7 @@ struct EightRows {
 };
 
 // acc[row] += the columns of the next block of `rows` for one vector of tokens.
-template <int kCols>
+template <int kCols, bool kAhead = true>
 inline void add_block(EightRows& rows, int64_t block_rows, int64_t block_cols,
                       const float* x_tile, Vec (&acc)[8]) {
   const int64_t cols = kCols > 0 ? kCols : block_cols;
@@ -169,6 +174,7 @@ inline void add_block(EightRows& rows, int64_t block_rows, int64_t block_cols,
     const Vec in = load(x + col * kLanes);
     PYBSP_UNROLL
     for (int row = 0; row < 8; ++row) acc[row] = fma(set1(rows.w[row]), in, acc[row]);
+    if constexpr (kAhead) prefetch(rows.w + kWeightsAhead);
     rows.w += block_rows;
   }
 }
@@ -189,14 +195,22 @@ void multiply_two_tiles(EightRows (&tiles)[2], int64_t block_rows, int64_t block
   }
   EightRows first = tiles[0], second = tiles[1];
   const int64_t shared = first.blocks < second.blocks ? first.blocks : second.blocks;
-  for (int64_t b = 0; b < shared; ++b) {
+  int64_t b = 0;
+  for (; b + 2 <= shared; b += 2) {
+    // Two blocks of one column are a line of weights.
+    add_block<kCols>(first, block_rows, block_cols, x_tile, acc[0]);
+    add_block<kCols, kCols != 1>(second, block_rows, block_cols, x_tile, acc[1]);
+    add_block<kCols, kCols != 1>(first, block_rows, block_cols, x_tile, acc[0]);
+    add_block<kCols>(second, block_rows, block_cols, x_tile, acc[1]);
+  }
+  for (; b < shared; ++b) {
     add_block<kCols>(first, block_rows, block_cols, x_tile, acc[0]);
     add_block<kCols>(second, block_rows, block_cols, x_tile, acc[1]);
   }
-  for (int64_t b = shared; b < first.blocks; ++b) {
+  for (b = shared; b < first.blocks; ++b) {
     add_block<kCols>(first, block_rows, block_cols, x_tile, acc[0]);
   }
-  for (int64_t b = shared; b < second.blocks; ++b) {
+  for (b = shared; b < second.blocks; ++b) {
     add_block<kCols>(second, block_rows, block_cols, x_tile, acc[1]);
   }
   PYBSP_UNROLL

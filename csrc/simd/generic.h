@@ -55,13 +55,10 @@ inline Vec select_gt(Vec a, Vec b, Vec x, Vec y) {
 // b where either operand is NaN, as on the other instruction sets.
 inline Vec min(Vec a, Vec b) { return select_gt(b, a, a, b); }
 inline Vec max(Vec a, Vec b) { return select_gt(a, b, a, b); }
-// To nearest even for |a| < 2^22: adding 1.5 * 2^23 leaves no bits for a fraction.
-inline Vec round(Vec a) {
-  const Vec magic = set1(12582912.0f);
-  return (a + magic) - magic;
+// a 2^n for n in [-126, 127], a and a 2^n normal; shifted is n + 1.5 * 2^23.
+inline Vec scale_by_pow2(Vec a, Vec shifted) {
+  return (Vec)((Words)a + ((Words)shifted << 23));
 }
-// 2^a for integral a in [-126, 127].
-inline Vec pow2(Vec a) { return (Vec)((__builtin_convertvector(a, Ints) + 127) << 23); }
 inline float reduce_add(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 inline void transpose(Vec (&a)[kLanes]) {
   for (int i = 0; i < kLanes; ++i) {

@@ -50,11 +50,10 @@ inline Vec max(Vec a, Vec b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 // One fmla: this file is compiled with -ffp-contract=fast. GCC 12 takes vfmaq_f32 for a
 // call that may touch memory and stores all accumulators in every iteration.
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-inline Vec round(Vec a) { return vrndnq_f32(a); }
-// 2^a for integral a in [-126, 127].
-inline Vec pow2(Vec a) {
-  int32x4_t exponent = vaddq_s32(vcvtnq_s32_f32(a), vdupq_n_s32(127));
-  return vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23));
+// a 2^n for n in [-126, 127], a and a 2^n normal; shifted is n + 1.5 * 2^23.
+inline Vec scale_by_pow2(Vec a, Vec shifted) {
+  const int32x4_t n = vshlq_n_s32(vreinterpretq_s32_f32(shifted), 23);
+  return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), n));
 }
 inline float reduce_add(Vec a) { return vaddvq_f32(a); }
 inline void transpose(Vec (&a)[kLanes]) {
