@@ -2,9 +2,11 @@
 #include "encoder/group_run.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <new>
 
 #include "runtime/isa.h"
 #include "runtime/scratch.h"
@@ -20,10 +22,29 @@ GroupRun::GroupRun(const Encoder& encoder, const EncoderInput& input,
       group_(group),
       isa_(variants(active_isa())),
       threads_(std::max(threads, 1)),
-      tiles_(split_tokens(group.last_token - group.first_token, isa_)),
-      lanes_(tile_lanes(group.last_token - group.first_token, isa_)) {
+      tokens_(group.last_token - group.first_token),
+      lanes_(tile_lanes(tokens_, isa_)) {
+  share_tiles();
   find_runs();
   allocate();
+}
+
+// A share of the tokens for each thread, which keeps them through all layers, where
+// there are two vectors for each; else all tiles are one share.
+void GroupRun::share_tiles() {
+  const int64_t vectors = lanes_ / isa_.lanes;
+  const int64_t shares = vectors >= 2 * threads_ ? threads_ : 1;
+  int64_t slot = 0;
+  for (const std::vector<TokenTile>& tiles : split_groups(tokens_, shares, isa_)) {
+    const size_t first = tiles_.size();
+    for (TokenTile tile : tiles) {
+      tile.slot += slot;
+      tiles_.push_back(tile);
+    }
+    slot = tiles_.back().slot + int64_t{tiles_.back().vectors} * isa_.lanes;
+    shares_.push_back({first, tiles_.size(), static_cast<int>(shares_.size()),
+                       shares == 1 ? threads_ : 1});
+  }
 }
 
 void GroupRun::find_runs() {
@@ -41,50 +62,98 @@ void GroupRun::find_runs() {
   }
 }
 
-// Floats that a lane needs beside the states of the layers.
+// Floats that a lane needs for a part of a layer.
 int64_t GroupRun::floats_per_lane() const {
   int64_t most = 0;
   for (const EncoderLayer& layer : encoder_.layers) {
-    const FeedForward& part = layer.feed_forward;
-    const int64_t up = part.up.weight.out_features;
-    // Of separate matrices the context takes the place of the queries.
-    const int64_t attention =
-        (layer.attention.projections.size() == 1 ? 4 : 3) * layer.attention.width();
-    most = std::max({most, attention, part.gated ? up + up / 2 : up});
+    const LayerTiles tiles = layer_tiles(layer);
+    const auto end = [&](const Tiles& last) {
+      return (last.data - part_) / lanes_ + last.features;
+    };
+    most = std::max({most, end(tiles.qkv[2]), end(tiles.context), end(tiles.down)});
   }
   return most;
+}
+
+// Attention and feed-forward use the same memory. Of separate projections the context
+// takes the place of the queries.
+GroupRun::LayerTiles GroupRun::layer_tiles(const EncoderLayer& layer) const {
+  const int64_t width = layer.attention.width();
+  LayerTiles tiles{};
+  if (layer.attention.projections.size() == 1) {
+    for (int64_t i = 0; i < 3; ++i) {
+      tiles.qkv[i] = {part_, 3 * width};
+      tiles.offsets[i] = i * width;
+    }
+    tiles.context = {part_ + 3 * width * lanes_, width};
+  } else {
+    for (int64_t i = 0; i < 3; ++i) {
+      tiles.qkv[i] = {part_ + i * width * lanes_, width};
+    }
+    tiles.context = tiles.qkv[0];
+  }
+  const int64_t up = layer.feed_forward.up.weight.out_features;
+  tiles.up = {part_, up};
+  tiles.down = layer.feed_forward.gated ? Tiles{part_ + up * lanes_, up / 2} : tiles.up;
+  return tiles;
 }
 
 void GroupRun::allocate() {
   const int64_t width = int64_t{isa_.lanes} * isa_.max_vectors;
   int64_t head_dim = 0, rotated = 0;
-  std::vector<const float*> tables;
   for (const EncoderLayer& layer : encoder_.layers) {
     const SelfAttention& attention = layer.attention;
     head_dim = std::max(head_dim, attention.head_dim);
-    if (attention.cosines &&
-        std::find(tables.begin(), tables.end(), attention.cosines) == tables.end()) {
-      tables.push_back(attention.cosines);
-      rotated += attention.head_dim;  // cosines and sines of half of it
+    const auto known = [&](const Rotation& other) {
+      return other.cosines == attention.cosines;
+    };
+    if (!attention.cosines ||
+        std::any_of(rotations_.begin(), rotations_.end(), known)) {
+      continue;
     }
+    rotations_.push_back(
+        {attention.cosines, {nullptr, attention.head_dim / 2}, {nullptr, 0}});
+    rotated += attention.head_dim;  // cosines and sines of half of it
   }
   thread_floats_ = in_lines(std::max(attention_scratch(head_dim, longest_, width),
                                      width * encoder_.features));
   const int64_t states = (encoder_.norm_first ? 2 : 1) * encoder_.features;
-  const int64_t floats = lanes_ * (states + rotated + floats_per_lane());
-  // Tiles of so few lanes that a vector reaches past them end in memory of the threads.
-  free_ =
-      scratch_floats(in_lines(floats) + threads_ * thread_floats_, Scratch::encoder);
-  thread_scratch_ = free_ + in_lines(floats);
-  x_ = take(encoder_.features);
-  normed_ = encoder_.norm_first ? take(encoder_.features) : x_;
+  const int64_t floats = in_lines(lanes_ * (states + rotated + floats_per_lane()));
+  float* const all =
+      scratch_floats(floats + threads_ * thread_floats_, Scratch::encoder);
+  thread_scratch_ = all + floats;
+  x_ = {all, encoder_.features};
+  normed_ = {all + (states - encoder_.features) * lanes_, encoder_.features};
+  part_ = all + states * lanes_;
+  make_rotations();
   key_runs_.resize(static_cast<size_t>(threads_) * most_runs_);
 }
 
-GroupRun::Tiles GroupRun::take(int64_t features) {
-  const Tiles taken{free_, features};
-  free_ += lanes_ * features;
-  return taken;
+// The cosines and sines of the tokens of this group, for all layers that share a table.
+void GroupRun::make_rotations() {
+  for (Rotation& rotation : rotations_) {
+    const int64_t half = rotation.cosine_tiles.features;
+    const auto layer = std::find_if(
+        encoder_.layers.begin(), encoder_.layers.end(), [&](const EncoderLayer& other) {
+          return other.attention.cosines == rotation.cosines;
+        });
+    const auto gather = [&](const float* table) {
+      const Tiles to{part_, half};
+      part_ += half * lanes_;
+      for (const TokenTile& tile : tiles_) {
+        const int64_t* const rows = kept_.rows.data() + group_.first_token + tile.first;
+        for (int64_t token = 0; token < tile.tokens; ++token) {
+          const float* const row = table + rows[token] % input_.length * half;
+          std::copy(row, row + half, thread_scratch_ + token * half);
+        }
+        isa_.pack_tokens(thread_scratch_, half, tile.tokens, 0, half, tile.vectors,
+                         at(to, tile, 0));
+      }
+      return to;
+    };
+    rotation.cosine_tiles = gather(layer->attention.cosines);
+    rotation.sine_tiles = gather(layer->attention.sines);
+  }
 }
 
 float* GroupRun::at(const Tiles& tiles, const TokenTile& tile, int64_t feature) const {
@@ -92,51 +161,73 @@ float* GroupRun::at(const Tiles& tiles, const TokenTile& tile, int64_t feature) 
          feature * tile.vectors * int64_t{isa_.lanes};
 }
 
+// body(tile, working memory of its thread)
+template <typename Body>
+void GroupRun::for_each_tile(const Share& share, Body body) const {
+  const int64_t count = static_cast<int64_t>(share.last - share.first);
+  parallel(static_cast<int>(std::min<int64_t>(share.threads, count)),
+           [&](int thread, int threads) {
+             const Range mine = pybsp::share(count, thread, threads);
+             for (int64_t i = mine.first; i < mine.last; ++i) {
+               body(tiles_[share.first + static_cast<size_t>(i)],
+                    thread_scratch_ + (share.thread + thread) * thread_floats_);
+             }
+           });
+}
+
 void GroupRun::run(float* y) {
-  const auto for_each_tile = [&](auto&& body) {
-    parallel(threads_, [&](int thread, int threads) {
-      const Range mine = share(static_cast<int64_t>(tiles_.size()), thread, threads);
-      for (int64_t i = mine.first; i < mine.last; ++i) {
-        body(tiles_[static_cast<size_t>(i)], thread_scratch_ + thread * thread_floats_);
+  std::atomic<bool> out_of_memory{false};
+  const auto phases = [&](int thread, int threads) {
+    // All threads read keys and values, and the feed-forward part uses their memory:
+    // each phase waits for the one before.
+    // Nothing may be thrown out of a parallel region, nor a thread be waited for that
+    // has left.
+    const auto phase = [&](auto&& body) {
+      try {
+        for (size_t i = static_cast<size_t>(thread);
+             i < shares_.size() && !out_of_memory; i += static_cast<size_t>(threads)) {
+          body(shares_[i]);
+        }
+      } catch (const std::bad_alloc&) {
+        out_of_memory = true;
       }
-    });
+      if (threads > 1) wait_for_threads();
+    };
+    phase([&](const Share& share) { embed(share); });
+    for (const EncoderLayer& layer : encoder_.layers) {
+      phase([&](const Share& share) { project(share, layer); });
+      phase([&](const Share& share) { attend(share, layer); });
+      phase([&](const Share& share) { feed_forward(share, layer); });
+    }
+    phase([&](const Share& share) { store(share, y); });
   };
-  for_each_tile([&](const TokenTile& tile, float* rows) { embed(tile, rows); });
-  if (input_.ids) norm(encoder_.embedding_norm, x_, x_);
-  for (const EncoderLayer& layer : encoder_.layers) {
-    // The position where rotations end: they are made by the first layer that turns.
-    if (layer.attention.cosines) rotation(layer.attention);
+  if (shares_.size() == 1) {
+    phases(0, 1);
+  } else {
+    parallel(threads_, phases);
   }
-  part_ = free_;
-  for (const EncoderLayer& layer : encoder_.layers) {
-    if (encoder_.norm_first) norm(layer.attention_norm, x_, normed_);
-    const bool normed = encoder_.norm_first && layer.attention_norm.weight;
-    attend(layer.attention, normed ? normed_ : x_, x_.data);
-    if (!encoder_.norm_first) norm(layer.attention_norm, x_, x_);
-    const bool again = encoder_.norm_first && layer.feed_forward_norm.weight;
-    if (again) norm(layer.feed_forward_norm, x_, normed_);
-    feed_forward(layer.feed_forward, again ? normed_ : x_, x_.data);
-    if (!encoder_.norm_first) norm(layer.feed_forward_norm, x_, x_);
-  }
-  norm(encoder_.final_norm, x_, x_);
-  for_each_tile([&](const TokenTile& tile, float* rows) { store(tile, rows, y); });
+  if (out_of_memory) throw std::bad_alloc();
+}
+
+void GroupRun::embed(const Share& share) const {
+  for_each_tile(share,
+                [&](const TokenTile& tile, float* rows) { embed_tile(tile, rows); });
+  if (input_.ids) norm(share, encoder_.embedding_norm, x_, x_);
 }
 
 // The input of one tile: the sum of the rows of its tokens in the tables, or the rows
 // of the hidden states.
-void GroupRun::embed(const TokenTile& tile, float* rows) {
+void GroupRun::embed_tile(const TokenTile& tile, float* rows) const {
   const int64_t features = encoder_.features;
   const int64_t* const tokens = kept_.rows.data() + group_.first_token + tile.first;
   for (int64_t token = 0; token < tile.tokens; ++token) {
     const int64_t row = tokens[token];
     float* const out = rows + token * features;
-    if (!input_.ids) {
-      std::memcpy(out, input_.hidden + row * features,
-                  static_cast<size_t>(features) * sizeof(float));
-      continue;
-    }
-    const float* const word = encoder_.words.rows + input_.ids[row] * features;
-    std::memcpy(out, word, static_cast<size_t>(features) * sizeof(float));
+    const float* const first = input_.ids
+                                   ? encoder_.words.rows + input_.ids[row] * features
+                                   : input_.hidden + row * features;
+    std::copy(first, first + features, out);
+    if (!input_.ids) continue;
     const auto add = [&](const EmbeddingTable& table, int64_t entry) {
       if (!table.rows) return;
       const float* const other = table.rows + entry * features;
@@ -150,7 +241,13 @@ void GroupRun::embed(const TokenTile& tile, float* rows) {
                    at(x_, tile, 0));
 }
 
-void GroupRun::store(const TokenTile& tile, float* rows, float* y) const {
+void GroupRun::store(const Share& share, float* y) const {
+  norm(share, encoder_.final_norm, x_, x_);
+  for_each_tile(share,
+                [&](const TokenTile& tile, float* rows) { store_tile(tile, rows, y); });
+}
+
+void GroupRun::store_tile(const TokenTile& tile, float* rows, float* y) const {
   const int64_t features = encoder_.features;
   const int64_t* const tokens = kept_.rows.data() + group_.first_token + tile.first;
   const bool adjacent = tokens[tile.tokens - 1] - tokens[0] == tile.tokens - 1;
@@ -159,193 +256,67 @@ void GroupRun::store(const TokenTile& tile, float* rows, float* y) const {
                      Activation::none, nullptr, out, features);
   if (adjacent) return;
   for (int64_t token = 0; token < tile.tokens; ++token) {
-    std::memcpy(y + tokens[token] * features, rows + token * features,
-                static_cast<size_t>(features) * sizeof(float));
+    const float* const from = rows + token * features;
+    std::copy(from, from + features, y + tokens[token] * features);
   }
 }
 
-void GroupRun::multiply(const EncoderLinear* linears, int64_t count, const Tiles& x,
-                        Activation activation, const float* residual,
+void GroupRun::multiply(const Share& share, const EncoderLinear* linears, int64_t count,
+                        const Tiles& x, Activation activation, const float* residual,
                         const Tiles* y) const {
+  const TokenTile& first = tiles_[share.first];
+  const TokenTile& last = tiles_[share.last - 1];
   Product products[3];
   for (int64_t i = 0; i < count; ++i) {
-    products[i] = {linears[i].weight,
-                   linears[i].schedule,
-                   {linears[i].bias, activation, residual},
-                   y[i].data};
+    const int64_t skipped = first.slot * y[i].features;
+    products[i] = {
+        linears[i].weight,
+        linears[i].schedule,
+        {linears[i].bias, activation, residual ? residual + skipped : nullptr},
+        y[i].data + skipped};
   }
-  block_sparse_gemm_tiles(products, count, x.data,
-                          group_.last_token - group_.first_token, threads_);
+  block_sparse_gemm_tiles(products, count, x.data + first.slot * x.features,
+                          last.first + last.tokens - first.first, share.threads);
 }
 
-void GroupRun::norm(const LayerNorm& norm, const Tiles& x, const Tiles& y) const {
+void GroupRun::norm(const Share& share, const LayerNorm& norm, const Tiles& x,
+                    const Tiles& y) const {
   if (!norm.weight) return;
-  parallel(threads_, [&](int thread, int threads) {
-    const Range mine = share(static_cast<int64_t>(tiles_.size()), thread, threads);
-    for (int64_t i = mine.first; i < mine.last; ++i) {
-      const TokenTile& tile = tiles_[static_cast<size_t>(i)];
-      isa_.layer_norm(at(x, tile, 0), x.features, tile.vectors, norm.weight, norm.bias,
-                      norm.eps, at(y, tile, 0));
-    }
+  for_each_tile(share, [&](const TokenTile& tile, float*) {
+    isa_.layer_norm(at(x, tile, 0), x.features, tile.vectors, norm.weight, norm.bias,
+                    norm.eps, at(y, tile, 0));
   });
 }
 
-// residual += output(attention(x))
-void GroupRun::attend(const SelfAttention& attention, const Tiles& x, float* residual) {
-  free_ = part_;
-  const int64_t width = attention.width();
-  const bool one = attention.projections.size() == 1;
-  Tiles qkv[3], context;
-  int64_t offsets[3] = {0, 0, 0};
-  if (one) {
-    qkv[0] = take(3 * width);
-    for (int i = 1; i < 3; ++i) {
-      qkv[i] = qkv[0];
-      offsets[i] = i * width;
-    }
-    context = take(width);
-  } else {
-    for (Tiles& tiles : qkv) tiles = take(width);
-    context = qkv[0];
-  }
-  multiply(attention.projections.data(),
-           static_cast<int64_t>(attention.projections.size()), x, Activation::none,
-           nullptr, qkv);
+// Query, key and value.
+void GroupRun::project(const Share& share, const EncoderLayer& layer) {
+  const SelfAttention& attention = layer.attention;
+  const LayerTiles tiles = layer_tiles(layer);
+  const bool normed = encoder_.norm_first && layer.attention_norm.weight;
+  if (normed) norm(share, layer.attention_norm, x_, normed_);
+  multiply(share, attention.projections.data(),
+           static_cast<int64_t>(attention.projections.size()), normed ? normed_ : x_,
+           Activation::none, nullptr, tiles.qkv);
   if (attention.cosines) {
-    for (int i = 0; i < 2; ++i) rotate(attention, qkv[i], offsets[i]);
-  }
-  make_bias(attention);
-  const int64_t items = static_cast<int64_t>(queries_.size()) * attention.heads;
-  parallel(threads_, [&](int thread, int threads) {
-    KeyRun* const runs = key_runs_.data() + static_cast<size_t>(thread) * most_runs_;
-    float* const scratch = thread_scratch_ + thread * thread_floats_;
-    const Range mine = share(items, thread, threads);
-    int64_t item = 0;
-    // Head after head of a sequence, so that keys and values stay in L1.
-    for (size_t begin = 0, end = 0; begin < queries_.size(); begin = end) {
-      while (end < queries_.size() && queries_[end].first == queries_[begin].first) {
-        ++end;
-      }
-      for (int64_t head = 0; head < attention.heads; ++head) {
-        for (size_t piece = begin; piece < end; ++piece, ++item) {
-          if (item < mine.first || item >= mine.last) continue;
-          attend_head(attention, queries_[piece], head, qkv, offsets, context, runs,
-                      scratch);
-        }
-      }
+    for (int i = 0; i < 2; ++i) {
+      rotate(share, attention, tiles.qkv[i], tiles.offsets[i]);
     }
-  });
-  const Tiles y{residual, encoder_.features};
-  multiply(&attention.output, 1, context, Activation::none, residual, &y);
+  }
+  if (share.first == 0) make_bias(attention);
 }
 
-void GroupRun::attend_head(const SelfAttention& attention, const QueryRun& piece,
-                           int64_t head, const Tiles (&qkv)[3],
-                           const int64_t (&offsets)[3], const Tiles& context,
-                           KeyRun* runs, float* scratch) const {
-  const TokenRun& queries = runs_[piece.run];
-  const int64_t feature = head * attention.head_dim;
-  const auto tile_of = [&](const TokenRun& run) -> const TokenTile& {
-    return tiles_[static_cast<size_t>(run.tile)];
-  };
-  const auto stride = [&](const TokenRun& run) {
-    return int64_t{tile_of(run).vectors} * isa_.lanes;
-  };
-  int64_t count = 0;
-  for (size_t i = piece.first; i < piece.last; ++i) {
-    const TokenRun& run = runs_[i];
-    int64_t skip = 0, keys = run.count;
-    if (attention.window >= 0) {
-      const int64_t low = queries.position - attention.window;
-      const int64_t high = queries.position + queries.count + attention.window;
-      skip = std::max<int64_t>(0, low - run.position);
-      keys = std::min<int64_t>(run.count, high - run.position) - skip;
-      if (keys <= 0) continue;
-    }
-    const int64_t lane = run.lane + skip;
-    runs[count++] = {at(qkv[1], tile_of(run), offsets[1] + feature) + lane,
-                     at(qkv[2], tile_of(run), offsets[2] + feature) + lane, stride(run),
-                     keys, run.position + skip};
-  }
-  AttentionPiece one{};
-  one.queries = at(qkv[0], tile_of(queries), offsets[0] + feature) + queries.lane;
-  one.stride = stride(queries);
-  one.count = queries.count;
-  one.position = queries.position;
-  one.runs = runs;
-  one.num_runs = count;
-  one.head_dim = attention.head_dim;
-  one.scale = attention.scale;
-  if (!bias_.empty()) one.bias = bias_.data() + head * bias_stride_ + input_.length - 1;
-  one.scratch = scratch;
-  one.y = at(context, tile_of(queries), feature) + queries.lane;
-  one.y_stride = one.stride;
-  isa_.attention(one);
-}
-
-// residual += down(activation(up x))
-void GroupRun::feed_forward(const FeedForward& part, const Tiles& x, float* residual) {
-  free_ = part_;
-  Tiles up = take(part.up.weight.out_features);
-  if (part.gated) {
-    multiply(&part.up, 1, x, Activation::none, nullptr, &up);
-    const Tiles product = take(up.features / 2);
-    parallel(threads_, [&](int thread, int threads) {
-      const Range mine = share(static_cast<int64_t>(tiles_.size()), thread, threads);
-      for (int64_t i = mine.first; i < mine.last; ++i) {
-        const TokenTile& tile = tiles_[static_cast<size_t>(i)];
-        isa_.gate(at(up, tile, 0), at(up, tile, product.features),
-                  product.features * tile.vectors * isa_.lanes, part.activation,
-                  at(product, tile, 0));
-      }
-    });
-    up = product;
-  } else {
-    multiply(&part.up, 1, x, part.activation, nullptr, &up);
-  }
-  const Tiles y{residual, encoder_.features};
-  multiply(&part.down, 1, up, Activation::none, residual, &y);
-}
-
-// The cosines and sines of the tokens of this group, once for all layers that share
-// them.
-const GroupRun::Rotation& GroupRun::rotation(const SelfAttention& attention) {
-  for (const Rotation& known : rotations_) {
-    if (known.cosines == attention.cosines) return known;
-  }
+void GroupRun::rotate(const Share& share, const SelfAttention& attention,
+                      const Tiles& x, int64_t offset) const {
+  const Rotation& by = *std::find_if(
+      rotations_.begin(), rotations_.end(),
+      [&](const Rotation& other) { return other.cosines == attention.cosines; });
   const int64_t half = attention.head_dim / 2;
-  const Rotation made{attention.cosines, take(half), take(half)};
-  const auto gather = [&](const float* table, const Tiles& to) {
-    for (const TokenTile& tile : tiles_) {
-      for (int64_t token = 0; token < tile.tokens; ++token) {
-        const size_t kept =
-            static_cast<size_t>(group_.first_token + tile.first + token);
-        const float* const row = table + kept_.rows[kept] % input_.length * half;
-        std::copy(row, row + half, thread_scratch_ + token * half);
-      }
-      isa_.pack_tokens(thread_scratch_, half, tile.tokens, 0, half, tile.vectors,
-                       at(to, tile, 0));
-    }
-  };
-  gather(attention.cosines, made.cosine_tiles);
-  gather(attention.sines, made.sine_tiles);
-  rotations_.push_back(made);
-  return rotations_.back();
-}
-
-void GroupRun::rotate(const SelfAttention& attention, const Tiles& x, int64_t offset) {
-  const Rotation& by = rotation(attention);
-  const int64_t half = attention.head_dim / 2;
-  parallel(threads_, [&](int thread, int threads) {
-    const Range mine = share(static_cast<int64_t>(tiles_.size()), thread, threads);
-    for (int64_t i = mine.first; i < mine.last; ++i) {
-      const TokenTile& tile = tiles_[static_cast<size_t>(i)];
-      for (int64_t head = 0; head < attention.heads; ++head) {
-        const int64_t first = offset + head * attention.head_dim;
-        isa_.rotate(at(x, tile, first), at(x, tile, first + half),
-                    at(by.cosine_tiles, tile, 0), at(by.sine_tiles, tile, 0),
-                    half * tile.vectors * isa_.lanes);
-      }
+  for_each_tile(share, [&](const TokenTile& tile, float*) {
+    for (int64_t head = 0; head < attention.heads; ++head) {
+      const int64_t first = offset + head * attention.head_dim;
+      isa_.rotate(at(x, tile, first), at(x, tile, first + half),
+                  at(by.cosine_tiles, tile, 0), at(by.sine_tiles, tile, 0),
+                  half * tile.vectors * isa_.lanes);
     }
   });
 }
@@ -359,10 +330,10 @@ void GroupRun::make_bias(const SelfAttention& attention) {
   const int64_t distances = 2 * length - 1;
   const int64_t tables = attention.relative_bias ? attention.heads : 1;
   // A vector of queries reads past the last one.
-  bias_stride_ = distances + int64_t{isa_.lanes} * isa_.max_vectors;
-  bias_.assign(static_cast<size_t>(tables * bias_stride_), 0.0f);
+  const int64_t stride = distances + int64_t{isa_.lanes} * isa_.max_vectors;
+  bias_.assign(static_cast<size_t>(tables * stride), 0.0f);
   for (int64_t table = 0; table < tables; ++table) {
-    float* const out = bias_.data() + table * bias_stride_;
+    float* const out = bias_.data() + table * stride;
     if (attention.relative_bias) {
       const int64_t all = 2 * attention.bias_positions - 1;
       const float* const from =
@@ -376,7 +347,107 @@ void GroupRun::make_bias(const SelfAttention& attention) {
       }
     }
   }
-  if (tables == 1) bias_stride_ = 0;
+  bias_stride_ = tables == 1 ? 0 : stride;
+}
+
+// x += output(context) for the queries in the tiles of the share.
+void GroupRun::attend(const Share& share, const EncoderLayer& layer) const {
+  const LayerTiles tiles = layer_tiles(layer);
+  const int64_t heads = layer.attention.heads;
+  const auto mine = [&](const QueryRun& piece) {
+    const size_t tile = static_cast<size_t>(runs_[piece.run].tile);
+    return share.first <= tile && tile < share.last;
+  };
+  const int64_t items = std::count_if(queries_.begin(), queries_.end(), mine) * heads;
+  parallel(share.threads, [&](int thread, int threads) {
+    const size_t number = static_cast<size_t>(share.thread + thread);
+    KeyRun* const runs = key_runs_.data() + number * most_runs_;
+    float* const scratch =
+        thread_scratch_ + static_cast<int64_t>(number) * thread_floats_;
+    const Range range = pybsp::share(items, thread, threads);
+    int64_t item = 0;
+    // Head after head of a sequence, so that keys and values stay in L1.
+    for (size_t begin = 0, end = 0; begin < queries_.size(); begin = end) {
+      while (end < queries_.size() && queries_[end].first == queries_[begin].first) {
+        ++end;
+      }
+      for (int64_t head = 0; head < heads; ++head) {
+        for (size_t piece = begin; piece < end; ++piece) {
+          if (!mine(queries_[piece])) continue;
+          if (item >= range.first && item < range.last) {
+            attend_head(layer.attention, queries_[piece], head, tiles, runs, scratch);
+          }
+          ++item;
+        }
+      }
+    }
+  });
+  // Before the next phase, which uses the memory of the contexts of all shares.
+  multiply(share, &layer.attention.output, 1, tiles.context, Activation::none, x_.data,
+           &x_);
+  if (!encoder_.norm_first) norm(share, layer.attention_norm, x_, x_);
+}
+
+void GroupRun::attend_head(const SelfAttention& attention, const QueryRun& piece,
+                           int64_t head, const LayerTiles& in, KeyRun* runs,
+                           float* scratch) const {
+  const TokenRun& queries = runs_[piece.run];
+  const int64_t feature = head * attention.head_dim;
+  const auto tile_of = [&](const TokenRun& run) -> const TokenTile& {
+    return tiles_[static_cast<size_t>(run.tile)];
+  };
+  const auto stride = [&](const TokenRun& run) {
+    return int64_t{tile_of(run).vectors} * isa_.lanes;
+  };
+  const auto place = [&](int which, const TokenRun& run) {
+    return at(in.qkv[which], tile_of(run), in.offsets[which] + feature) + run.lane;
+  };
+  int64_t count = 0;
+  for (size_t i = piece.first; i < piece.last; ++i) {
+    const TokenRun& run = runs_[i];
+    int64_t skip = 0, keys = run.count;
+    if (attention.window >= 0) {
+      const int64_t low = queries.position - attention.window;
+      const int64_t high = queries.position + queries.count + attention.window;
+      skip = std::max<int64_t>(0, low - run.position);
+      keys = std::min<int64_t>(run.count, high - run.position) - skip;
+      if (keys <= 0) continue;
+    }
+    runs[count++] = {place(1, run) + skip, place(2, run) + skip, stride(run), keys,
+                     run.position + skip};
+  }
+  AttentionPiece one{};
+  one.queries = place(0, queries);
+  one.stride = one.y_stride = stride(queries);
+  one.count = queries.count;
+  one.position = queries.position;
+  one.runs = runs;
+  one.num_runs = count;
+  one.head_dim = attention.head_dim;
+  one.scale = attention.scale;
+  if (!bias_.empty()) one.bias = bias_.data() + head * bias_stride_ + input_.length - 1;
+  one.scratch = scratch;
+  one.y = at(in.context, tile_of(queries), feature) + queries.lane;
+  isa_.attention(one);
+}
+
+// x += down(activation(up x))
+void GroupRun::feed_forward(const Share& share, const EncoderLayer& layer) const {
+  const LayerTiles tiles = layer_tiles(layer);
+  const FeedForward& part = layer.feed_forward;
+  const bool normed = encoder_.norm_first && layer.feed_forward_norm.weight;
+  if (normed) norm(share, layer.feed_forward_norm, x_, normed_);
+  multiply(share, &part.up, 1, normed ? normed_ : x_,
+           part.gated ? Activation::none : part.activation, nullptr, &tiles.up);
+  if (part.gated) {
+    for_each_tile(share, [&](const TokenTile& tile, float*) {
+      isa_.gate(at(tiles.up, tile, 0), at(tiles.up, tile, tiles.down.features),
+                tiles.down.features * tile.vectors * isa_.lanes, part.activation,
+                at(tiles.down, tile, 0));
+    });
+  }
+  multiply(share, &part.down, 1, tiles.down, Activation::none, x_.data, &x_);
+  if (!encoder_.norm_first) norm(share, layer.feed_forward_norm, x_, x_);
 }
 
 }  // namespace pybsp

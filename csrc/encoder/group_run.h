@@ -26,6 +26,14 @@ class GroupRun {
     float* data;
     int64_t features;
   };
+  // The tiles [first, last) and who computes them: `threads` threads, operation by
+  // operation, with the working memory from number `thread` on.
+  struct Share {
+    size_t first;
+    size_t last;
+    int thread;
+    int threads;
+  };
   // The queries of one run of a sequence, whose runs are [first, last).
   struct QueryRun {
     size_t run;
@@ -37,25 +45,42 @@ class GroupRun {
     Tiles cosine_tiles;
     Tiles sine_tiles;
   };
+  // Where the parts of a layer are kept; features of query, key and value begin at
+  // `offsets`.
+  struct LayerTiles {
+    Tiles qkv[3];
+    int64_t offsets[3];
+    Tiles context;
+    Tiles up;
+    Tiles down;  // the input of the down projection
+  };
 
+  void share_tiles();
   void find_runs();
   void allocate();
   int64_t floats_per_lane() const;
-  Tiles take(int64_t features);
+  LayerTiles layer_tiles(const EncoderLayer& layer) const;
   float* at(const Tiles& tiles, const TokenTile& tile, int64_t feature) const;
+  template <typename Body>
+  void for_each_tile(const Share& share, Body body) const;
 
-  void embed(const TokenTile& tile, float* rows);
-  void store(const TokenTile& tile, float* rows, float* y) const;
-  void attend(const SelfAttention& attention, const Tiles& x, float* residual);
+  void embed(const Share& share) const;
+  void embed_tile(const TokenTile& tile, float* rows) const;
+  void store(const Share& share, float* y) const;
+  void store_tile(const TokenTile& tile, float* rows, float* y) const;
+  void project(const Share& share, const EncoderLayer& layer);
+  void attend(const Share& share, const EncoderLayer& layer) const;
   void attend_head(const SelfAttention& attention, const QueryRun& piece, int64_t head,
-                   const Tiles (&qkv)[3], const int64_t (&offsets)[3],
-                   const Tiles& context, KeyRun* runs, float* scratch) const;
-  void feed_forward(const FeedForward& part, const Tiles& x, float* residual);
-  void multiply(const EncoderLinear* linears, int64_t count, const Tiles& x,
-                Activation activation, const float* residual, const Tiles* y) const;
-  void norm(const LayerNorm& norm, const Tiles& x, const Tiles& y) const;
-  void rotate(const SelfAttention& attention, const Tiles& x, int64_t offset);
-  const Rotation& rotation(const SelfAttention& attention);
+                   const LayerTiles& in, KeyRun* runs, float* scratch) const;
+  void feed_forward(const Share& share, const EncoderLayer& layer) const;
+  void multiply(const Share& share, const EncoderLinear* linears, int64_t count,
+                const Tiles& x, Activation activation, const float* residual,
+                const Tiles* y) const;
+  void norm(const Share& share, const LayerNorm& norm, const Tiles& x,
+            const Tiles& y) const;
+  void rotate(const Share& share, const SelfAttention& attention, const Tiles& x,
+              int64_t offset) const;
+  void make_rotations();
   void make_bias(const SelfAttention& attention);
 
   const Encoder& encoder_;
@@ -64,13 +89,14 @@ class GroupRun {
   const SequenceGroup& group_;
   const Variants& isa_;
   int threads_;
-  std::vector<TokenTile> tiles_;
+  int64_t tokens_;
   int64_t lanes_;
+  std::vector<TokenTile> tiles_;
+  std::vector<Share> shares_;
   int64_t longest_ = 0;  // sequence
   std::vector<TokenRun> runs_;
   std::vector<QueryRun> queries_;  // the pieces of a sequence one after the other
   size_t most_runs_ = 0;           // of a sequence
-  float* free_ = nullptr;          // working memory that is not taken yet
   float* part_ = nullptr;          // where the memory of a part of a layer begins
   float* thread_scratch_ = nullptr;
   int64_t thread_floats_ = 0;
@@ -78,7 +104,7 @@ class GroupRun {
   std::vector<Rotation> rotations_;
   std::vector<float> bias_;  // of all heads or one for all of them
   int64_t bias_stride_ = 0;
-  std::vector<KeyRun> key_runs_;
+  mutable std::vector<KeyRun> key_runs_;  // most_runs_ for each thread
 };
 
 }  // namespace pybsp

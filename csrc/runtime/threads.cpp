@@ -19,6 +19,12 @@ void run_on_threads(int threads, void (*body)(void*, int, int), void* context) {
   body(context, 0, 1);
 }
 
+void wait_for_threads() {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+}
+
 int openmp_version() {
 #ifdef _OPENMP
   return _OPENMP;

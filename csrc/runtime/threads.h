@@ -12,6 +12,9 @@ namespace pybsp {
 void run_on_threads(int threads, void (*body)(void* context, int thread, int threads),
                     void* context);
 
+// Called by every thread of a parallel region: returns when all have called it.
+void wait_for_threads();
+
 template <typename Body>
 void parallel(int threads, Body body) {
   run_on_threads(
