@@ -11,22 +11,22 @@ namespace {
 // Sums of four rows apart: one alone would wait for each addition.
 constexpr int kSums = 4;
 
-// The sum over features of (x - shift)^kPower, of one vector of tokens.
+// The sum over features of x - shift, or of its square, of one vector of tokens.
 template <bool kSquare>
 inline Vec sum_rows(const float* x, int64_t features, int64_t width, Vec shift) {
   Vec sums[kSums];
   PYBSP_UNROLL
   for (int i = 0; i < kSums; ++i) sums[i] = zero();
-  const auto term = [&](int64_t row) {
+  const auto add_row = [&](Vec sum, int64_t row) {
     const Vec a = sub(load(x + row * width), shift);
-    return kSquare ? mul(a, a) : a;
+    return kSquare ? fma(a, a, sum) : add(sum, a);
   };
   int64_t row = 0;
   for (; row + kSums <= features; row += kSums) {
     PYBSP_UNROLL
-    for (int i = 0; i < kSums; ++i) sums[i] = add(sums[i], term(row + i));
+    for (int i = 0; i < kSums; ++i) sums[i] = add_row(sums[i], row + i);
   }
-  for (; row < features; ++row) sums[0] = add(sums[0], term(row));
+  for (; row < features; ++row) sums[0] = add_row(sums[0], row);
   return add(add(sums[0], sums[1]), add(sums[2], sums[3]));
 }
 
@@ -57,8 +57,9 @@ void rotate(float* first, float* second, const float* cosines, const float* sine
   for (int64_t i = 0; i < count; i += kLanes) {
     const Vec a = load(first + i), b = load(second + i);
     const Vec cosine = load(cosines + i), sine = load(sines + i);
-    store(first + i, sub(mul(a, cosine), mul(b, sine)));
-    store(second + i, fma(b, cosine, mul(a, sine)));
+    // Rounded, so that it is the other product that is fused, on every instruction set.
+    store(first + i, fma(sub(zero(), b), sine, rounded(mul(a, cosine))));
+    store(second + i, fma(a, sine, rounded(mul(b, cosine))));
   }
 }
 

@@ -12,6 +12,7 @@ void check_block_sparse_gemm(Report& report, bool quick);
 void check_products(Report& report, bool quick);
 void check_token_tiles(Report& report);
 void check_block_sparse_grad(Report& report, bool quick);
+void check_encoder(Report& report, bool quick);
 void check_activations(Report& report, bool quick);
 void check_group_lasso(Report& report, bool quick);
 void check_block_mask(Report& report, bool quick);

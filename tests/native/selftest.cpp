@@ -5,10 +5,10 @@
 //
 // Prints a line for each instruction set: the number of checks, and two hashes of the
 // outputs. `tiles` is equal for all instruction sets with a fused multiply-add: it
-// covers dx and the products, but not those of blocks (1, 8 or more) for counts of
-// tokens that 48 does not divide. `rest` depends on the number of lanes. Both are equal
-// wherever the same mode runs, on hardware or emulated. Exit status: 0, 1 when a check
-// failed, 2 for a wrong command line.
+// covers the encoder, dx and the products, but not those of blocks (1, 8 or more) for
+// counts of tokens that 48 does not divide. `rest` depends on the number of lanes. Both
+// are equal wherever the same mode runs, on hardware or emulated. Exit status: 0, 1
+// when a check failed, 2 for a wrong command line.
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
@@ -74,6 +74,7 @@ bool passes(const std::string& isa, const Options& options) {
     selftest::check_products(report, options.quick);
     selftest::check_token_tiles(report);
     selftest::check_block_sparse_grad(report, options.quick);
+    selftest::check_encoder(report, options.quick);
     selftest::check_activations(report, options.quick);
     selftest::check_group_lasso(report, options.quick);
     selftest::check_block_mask(report, options.quick);

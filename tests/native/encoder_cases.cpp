@@ -1,0 +1,352 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cases.h"
+#include "encoder/encoder.h"
+#include "gemm_cases.h"
+
+namespace selftest {
+namespace {
+
+using Doubles = std::vector<double>;
+
+// What differs between architectures.
+struct Architecture {
+  const char* name;
+  bool norm_first, one_projection, gated, dense, rotary, relative_bias;
+  int64_t window;  // of every other layer; negative: none
+  int64_t heads, head_dim;
+  pybsp::Activation activation;
+};
+
+constexpr int64_t kFeatures = 24, kInner = 40, kPositions = 160, kWords = 50;
+
+// An encoder of random weights that owns its arrays.
+class EncoderCase {
+ public:
+  explicit EncoderCase(const Architecture& kind);
+  void check(Report& report, int64_t batch, int64_t length, bool padded) const;
+
+ private:
+  const float* keep(std::vector<float> floats) {
+    floats_.push_back(std::make_unique<std::vector<float>>(std::move(floats)));
+    return floats_.back()->data();
+  }
+  pybsp::EncoderLinear linear(int64_t out, int64_t in);
+  pybsp::LayerNorm norm();
+  std::vector<float> run(const pybsp::EncoderInput& input, int threads) const;
+
+  Architecture kind_;
+  Random random_{77};
+  std::vector<std::unique_ptr<std::vector<float>>> floats_;
+  std::vector<std::unique_ptr<BlockSparse>> weights_;
+  std::vector<std::unique_ptr<pybsp::Schedule>> schedules_;
+  pybsp::Encoder encoder_{};
+};
+
+pybsp::EncoderLinear EncoderCase::linear(int64_t out, int64_t in) {
+  const int64_t rows = out % 8 == 0 ? 8 : 2;
+  const GemmShape shape =
+      kind_.dense ? GemmShape{out, in, 1, in} : GemmShape{out, in, rows, 1};
+  weights_.push_back(
+      std::make_unique<BlockSparse>(shape, kind_.dense ? 1.0 : 0.4, random_));
+  const pybsp::BlockSparseView view = weights_.back()->view();
+  schedules_.push_back(
+      std::make_unique<pybsp::Schedule>(pybsp::token_lane_schedule(view)));
+  return {view, schedules_.back().get(), keep(random_.floats(out))};
+}
+
+pybsp::LayerNorm EncoderCase::norm() {
+  return {keep(random_.floats(kFeatures)), keep(random_.floats(kFeatures)), 1e-5f};
+}
+
+EncoderCase::EncoderCase(const Architecture& kind) : kind_(kind) {
+  const int64_t width = kind.heads * kind.head_dim;
+  encoder_.features = kFeatures;
+  encoder_.norm_first = kind.norm_first;
+  const float* const cosines = keep(random_.floats(kPositions * kind.head_dim / 2));
+  const float* const sines = keep(random_.floats(kPositions * kind.head_dim / 2));
+  for (int i = 0; i < 3; ++i) {
+    pybsp::EncoderLayer layer{};
+    pybsp::SelfAttention& attention = layer.attention;
+    if (kind.one_projection) {
+      attention.projections = {linear(3 * width, kFeatures)};
+    } else {
+      for (int j = 0; j < 3; ++j)
+        attention.projections.push_back(linear(width, kFeatures));
+    }
+    attention.output = linear(kFeatures, width);
+    attention.heads = kind.heads;
+    attention.head_dim = kind.head_dim;
+    attention.scale = 0.5f;
+    attention.window = i % 2 == 0 ? kind.window : -1;
+    if (kind.rotary) {
+      attention.cosines = cosines;
+      attention.sines = sines;
+      attention.rotary_positions = kPositions;
+    }
+    if (kind.relative_bias) {
+      attention.relative_bias = keep(random_.floats(kind.heads * (2 * kPositions - 1)));
+      attention.bias_positions = kPositions;
+    }
+    if (!kind.norm_first || i > 0) layer.attention_norm = norm();
+    layer.feed_forward = {linear((kind.gated ? 2 : 1) * kInner, kFeatures),
+                          kind.activation, linear(kFeatures, kInner), kind.gated};
+    layer.feed_forward_norm = norm();
+    encoder_.layers.push_back(layer);
+  }
+  encoder_.words = {keep(random_.floats(kWords * kFeatures)), kWords};
+  encoder_.positions = {keep(random_.floats(kPositions * kFeatures)), kPositions};
+  encoder_.token_types = {keep(random_.floats(2 * kFeatures)), 2};
+  encoder_.embedding_norm = norm();
+  if (kind.norm_first) encoder_.final_norm = norm();
+}
+
+std::vector<float> EncoderCase::run(const pybsp::EncoderInput& input,
+                                    int threads) const {
+  std::vector<float> y(static_cast<size_t>(input.batch * input.length * kFeatures),
+                       std::nanf(""));
+  pybsp::run_encoder(encoder_, input, y.data(), threads);
+  return y;
+}
+
+// One sequence in double precision, (tokens, features); `positions` of its tokens.
+Doubles through(const pybsp::EncoderLinear& linear, const Doubles& x) {
+  const pybsp::BlockSparseView& w = linear.weight;
+  const size_t tokens = x.size() / static_cast<size_t>(w.in_features);
+  Doubles y(tokens * static_cast<size_t>(w.out_features));
+  for (size_t token = 0; token < tokens; ++token) {
+    for (int64_t row = 0; row < w.out_features; ++row) {
+      double sum = static_cast<double>(linear.bias[row]);
+      for (int32_t b = w.crow_indices[row / w.block_rows];
+           b < w.crow_indices[row / w.block_rows + 1]; ++b) {
+        for (int64_t i = 0; i < w.block_cols; ++i) {
+          const int64_t col = w.col_indices[b] * w.block_cols + i;
+          sum +=
+              static_cast<double>(w.values[(b * w.block_cols + i) * w.block_rows +
+                                           row % w.block_rows]) *
+              x[token * static_cast<size_t>(w.in_features) + static_cast<size_t>(col)];
+        }
+      }
+      y[token * static_cast<size_t>(w.out_features) + static_cast<size_t>(row)] = sum;
+    }
+  }
+  return y;
+}
+
+Doubles through(const pybsp::LayerNorm& norm, Doubles x) {
+  if (!norm.weight) return x;
+  for (size_t first = 0; first < x.size(); first += kFeatures) {
+    double mean = 0.0, variance = 0.0;
+    for (size_t i = 0; i < kFeatures; ++i) mean += x[first + i] / kFeatures;
+    for (size_t i = 0; i < kFeatures; ++i) {
+      variance += (x[first + i] - mean) * (x[first + i] - mean) / kFeatures;
+    }
+    for (size_t i = 0; i < kFeatures; ++i) {
+      x[first + i] = (x[first + i] - mean) /
+                         std::sqrt(variance + static_cast<double>(norm.eps)) *
+                         static_cast<double>(norm.weight[i]) +
+                     static_cast<double>(norm.bias[i]);
+    }
+  }
+  return x;
+}
+
+Doubles added(Doubles a, const Doubles& b) {
+  for (size_t i = 0; i < a.size(); ++i) a[i] += b[i];
+  return a;
+}
+
+Doubles attend(const pybsp::SelfAttention& attention, const Doubles& x,
+               const std::vector<int64_t>& positions) {
+  const size_t tokens = positions.size();
+  const size_t heads = static_cast<size_t>(attention.heads);
+  const size_t dim = static_cast<size_t>(attention.head_dim), width = heads * dim;
+  Doubles qkv[3];
+  if (attention.projections.size() == 1) {
+    const Doubles all = through(attention.projections[0], x);
+    for (size_t i = 0; i < 3; ++i) {
+      for (size_t token = 0; token < tokens; ++token) {
+        const auto from = all.begin() + static_cast<int64_t>((3 * token + i) * width);
+        qkv[i].insert(qkv[i].end(), from, from + static_cast<int64_t>(width));
+      }
+    }
+  } else {
+    for (size_t i = 0; i < 3; ++i) qkv[i] = through(attention.projections[i], x);
+  }
+  for (size_t i = 0; i < 2 && attention.cosines; ++i) {
+    for (size_t at = 0; at < tokens * heads; ++at) {
+      for (size_t d = 0; d < dim / 2; ++d) {
+        const size_t row = static_cast<size_t>(positions[at / heads]) * (dim / 2) + d;
+        const double cosine = static_cast<double>(attention.cosines[row]);
+        const double sine = static_cast<double>(attention.sines[row]);
+        double& a = qkv[i][at * dim + d];
+        double& b = qkv[i][at * dim + d + dim / 2];
+        const double first = a;
+        a = a * cosine - b * sine;
+        b = b * cosine + first * sine;
+      }
+    }
+  }
+  Doubles context(tokens * width);
+  for (size_t head = 0; head < heads; ++head) {
+    for (size_t q = 0; q < tokens; ++q) {
+      Doubles scores(tokens);
+      for (size_t k = 0; k < tokens; ++k) {
+        for (size_t d = head * dim; d < (head + 1) * dim; ++d) {
+          scores[k] += qkv[0][q * width + d] * qkv[1][k * width + d] *
+                       static_cast<double>(attention.scale);
+        }
+        const int64_t distance = positions[q] - positions[k];
+        if (attention.relative_bias) {
+          const int64_t all = 2 * attention.bias_positions - 1;
+          scores[k] += static_cast<double>(
+              attention.relative_bias[static_cast<int64_t>(head) * all + distance +
+                                      attention.bias_positions - 1]);
+        }
+        if (attention.window >= 0 && std::abs(distance) > attention.window) {
+          scores[k] = -std::numeric_limits<double>::infinity();
+        }
+      }
+      const double largest = *std::max_element(scores.begin(), scores.end());
+      double total = 0.0;
+      for (double& score : scores) total += score = std::exp(score - largest);
+      for (size_t k = 0; k < tokens; ++k) {
+        for (size_t d = head * dim; d < (head + 1) * dim; ++d) {
+          context[q * width + d] += scores[k] / total * qkv[2][k * width + d];
+        }
+      }
+    }
+  }
+  return through(attention.output, context);
+}
+
+Doubles feed_forward(const pybsp::FeedForward& part, const Doubles& x) {
+  Doubles up = through(part.up, x);
+  const size_t inner = static_cast<size_t>(part.down.weight.in_features);
+  Doubles in(x.size() / kFeatures * inner);
+  for (size_t i = 0; i < in.size(); ++i) {
+    const size_t token = i / inner,
+                 at = token * (part.gated ? 2 : 1) * inner + i % inner;
+    in[i] = activate(part.activation, up[at]) * (part.gated ? up[at + inner] : 1.0);
+  }
+  return through(part.down, in);
+}
+
+Doubles expected(const pybsp::Encoder& encoder, Doubles x,
+                 const std::vector<int64_t>& positions) {
+  for (const pybsp::EncoderLayer& layer : encoder.layers) {
+    const pybsp::LayerNorm &one = layer.attention_norm, &two = layer.feed_forward_norm;
+    if (encoder.norm_first) {
+      x = added(x, attend(layer.attention, through(one, x), positions));
+      x = added(x, feed_forward(layer.feed_forward, through(two, x)));
+    } else {
+      x = through(one, added(x, attend(layer.attention, x, positions)));
+      x = through(two, added(x, feed_forward(layer.feed_forward, x)));
+    }
+  }
+  return through(encoder.final_norm, x);
+}
+
+void EncoderCase::check(Report& report, int64_t batch, int64_t length,
+                        bool padded) const {
+  Random random(static_cast<uint64_t>(batch * 1000 + length));
+  const size_t count = static_cast<size_t>(batch * length);
+  std::vector<int64_t> ids(count), types(count), positions(count);
+  const std::unique_ptr<bool[]> mask(new bool[count]);
+  for (size_t i = 0; i < count; ++i) {
+    ids[i] = random.between(0, kWords - 1);
+    types[i] = random.between(0, 1);
+    positions[i] = random.between(0, kPositions - 1);
+    const int64_t row = static_cast<int64_t>(i) / length;
+    const int64_t place = static_cast<int64_t>(i) % length;
+    // Rows padded at the end, at the beginning, in holes, and wholly.
+    mask[i] = row % 4 == 0   ? place < (length + 1) / 2
+              : row % 4 == 1 ? place >= length / 3
+              : row % 4 == 2 ? random.unit() < 0.6f
+                             : false;
+  }
+  const pybsp::EncoderInput input{
+      batch,        length,          ids.data(), nullptr, padded ? mask.get() : nullptr,
+      types.data(), positions.data()};
+  const std::string what = std::string("encoder ") + kind_.name + " " +
+                           std::to_string(batch) + " x " + std::to_string(length) +
+                           (padded ? " padded" : "");
+  const std::vector<float> y = run(input, 1);
+  Doubles want(y.size()), bound(y.size());
+  for (int64_t row = 0; row < batch; ++row) {
+    Doubles x;
+    std::vector<int64_t> places;
+    for (int64_t place = 0; place < length; ++place) {
+      const size_t at = static_cast<size_t>(row * length + place);
+      if (padded && !mask[at]) continue;
+      places.push_back(place);
+      for (int64_t i = 0; i < kFeatures; ++i) {
+        x.push_back(
+            static_cast<double>(encoder_.words.rows[ids[at] * kFeatures + i]) +
+            static_cast<double>(encoder_.token_types.rows[types[at] * kFeatures + i]) +
+            static_cast<double>(
+                encoder_.positions.rows[positions[at] * kFeatures + i]));
+      }
+    }
+    x = expected(encoder_, through(encoder_.embedding_norm, x), places);
+    for (size_t token = 0; token < places.size(); ++token) {
+      const size_t at = static_cast<size_t>(row * length + places[token]) * kFeatures;
+      double size = 0.0;
+      for (size_t i = 0; i < kFeatures; ++i) {
+        size = std::max(size, std::fabs(want[at + i] = x[token * kFeatures + i]));
+      }
+      // Every layer rounds sums of some forty products a few times, and a norm brings
+      // its result back to the size of its weights: errors stay within some hundred
+      // roundings of the largest feature. A wrong index is off by the feature itself.
+      for (size_t i = 0; i < kFeatures; ++i)
+        bound[at + i] = 1000 * kUnitRoundoff * size;
+    }
+  }
+  const int64_t floats = batch * length * kFeatures;
+  report.close(what, y.data(), want.data(), bound.data(), floats, kFeatures);
+  report.tiles.add(y.data(), floats);
+  for (const int threads : {2, 3, 8}) {
+    report.same_bits(what + " on " + std::to_string(threads) + " threads", y.data(),
+                     run(input, threads).data(), floats, kFeatures);
+  }
+  // The last row of the batch, alone.
+  const int64_t last = (batch - 1) * length;
+  const pybsp::EncoderInput alone{1,
+                                  length,
+                                  ids.data() + last,
+                                  nullptr,
+                                  padded ? mask.get() + last : nullptr,
+                                  types.data() + last,
+                                  positions.data() + last};
+  report.same_bits(what + ", a row alone", y.data() + last * kFeatures,
+                   run(alone, 1).data(), length * kFeatures, kFeatures);
+}
+
+}  // namespace
+
+void check_encoder(Report& report, bool quick) {
+  using pybsp::Activation;
+  const Architecture kinds[] = {
+      {"bert", false, false, false, false, false, false, -1, 3, 8, Activation::gelu},
+      {"dense", false, false, false, true, false, true, -1, 2, 12, Activation::relu},
+      {"modern", true, true, true, false, true, false, 9, 4, 6, Activation::gelu},
+      {"mixed", true, false, false, false, true, true, 0, 3, 10, Activation::silu},
+  };
+  for (const Architecture& kind : kinds) {
+    const EncoderCase one(kind);
+    for (const int64_t length : {1, 2, 17, 48, 130}) {
+      if (quick && length > 48) continue;
+      one.check(report, 1, length, false);
+      one.check(report, quick ? 3 : 7, length, true);
+    }
+    if (!quick) one.check(report, 40, 19, true);
+  }
+}
+
+}  // namespace selftest
