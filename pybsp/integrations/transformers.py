@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..blocks import BlockShapeSpec, check_block_shape, check_block_shape_spec
 from ..nn import pack
+from ..nn.encoder import fuse_encoders_
 from ..nn.fuse import fuse_
 from ..nn.linear import BlockSparseLinear
 from ..nn.plan import NothingToPack
@@ -174,6 +175,7 @@ class BlockSparseHfQuantizer(HfQuantizer):
             check_loaded(model, self._loaded_packed)
             if self.quantization_config.fuse:
                 fuse_(model)
+                fuse_encoders_(model)
             return
         try:
             pack.pack_(
