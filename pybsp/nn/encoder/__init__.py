@@ -13,8 +13,12 @@ from torch import nn
 
 from ..report import EncoderReport
 from .bert import read_bert, read_electra, read_roberta
+from .distilbert import read_distilbert
 from .forward import Bound, FusedForward, Reading
+from .modernbert import read_modernbert
+from .mpnet import read_mpnet
 from .reader import Deviation, Reader
+from .vit import read_vit
 
 __all__ = ["FusedForward", "fuse_encoders_", "unfuse_encoders_"]
 
@@ -22,8 +26,13 @@ __all__ = ["FusedForward", "fuse_encoders_", "unfuse_encoders_"]
 _READERS: dict[str, Callable[[nn.Module, Reader], Reading]] = {
     "bert.modeling_bert.BertModel": read_bert,
     "camembert.modeling_camembert.CamembertModel": read_roberta,
+    "deit.modeling_deit.DeiTModel": read_vit,
+    "distilbert.modeling_distilbert.DistilBertModel": read_distilbert,
     "electra.modeling_electra.ElectraModel": read_electra,
+    "modernbert.modeling_modernbert.ModernBertModel": read_modernbert,
+    "mpnet.modeling_mpnet.MPNetModel": read_mpnet,
     "roberta.modeling_roberta.RobertaModel": read_roberta,
+    "vit.modeling_vit.ViTModel": read_vit,
     "xlm_roberta.modeling_xlm_roberta.XLMRobertaModel": read_roberta,
 }
 

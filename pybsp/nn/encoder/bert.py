@@ -3,7 +3,6 @@ ELECTRA."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ def read_bert(model: nn.Module, reader: Reader) -> Reading:
     return Reading(
         _spec(model, reader, embeddings),
         bert_inputs,
-        stock("BaseModelOutputWithPoolingAndCrossAttentions", reader),
+        reader.stock("BaseModelOutputWithPoolingAndCrossAttentions"),
         pools=True,
     )
 
@@ -46,14 +45,14 @@ def read_roberta(model: nn.Module, reader: Reader) -> Reading:
     return Reading(
         _spec(model, reader, embeddings),
         roberta_inputs,
-        stock("BaseModelOutputWithPoolingAndCrossAttentions", reader),
+        reader.stock("BaseModelOutputWithPoolingAndCrossAttentions"),
         pools=True,
     )
 
 
 def read_electra(model: nn.Module, reader: Reader) -> Reading:
     """With a projection behind them, the embeddings stay with torch."""
-    output = stock("BaseModelOutputWithPastAndCrossAttentions", reader)
+    output = reader.stock("BaseModelOutputWithPastAndCrossAttentions")
     if "embeddings_project" in model._modules:
         reader.expect_children(model, "embeddings", "embeddings_project", "encoder")
         return Reading(_spec(model, reader, None), electra_inputs, output)
@@ -110,13 +109,6 @@ def electra_inputs(model: nn.Module, *args: Any, **kwargs: Any) -> Inputs:
         input_ids=ids, token_type_ids=token_types, position_ids=positions
     )
     return None, project(hidden), mask, None, None
-
-
-def stock(name: str, reader: Reader) -> Any:
-    """A class that the stock module imports."""
-    found = getattr(sys.modules[reader.home], name, None)
-    reader.expect(found is not None, f"this transformers has no {name}")
-    return found
 
 
 def _read_embeddings(model: nn.Module, reader: Reader) -> EmbeddingsSpec:
@@ -184,7 +176,7 @@ def read_intermediate(layer: nn.Module, reader: Reader) -> tuple[Any, Any]:
     """The feed-forward part of BERT's layer and its LayerNorm."""
     up = reader.child(layer, "intermediate", "Intermediate")
     act = "intermediate_act_fn"
-    reader.expect_children(up, "dense", *(n for n in (act,) if n in up._modules))
+    reader.expect_children(up, "dense", *reader.present(up, act))
     activation, fused = reader.feed_forward_activation(up, act, up.dense)
     down = reader.child(layer, "output", "Output")
     reader.expect_children(down, "dense", "LayerNorm", "dropout")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -44,9 +45,12 @@ class Reader:
         self._tensors: list[torch.Tensor] = []
         self._modules: list[nn.Module] = []
         self._random: list[nn.Module] = []
+        self._copied: list[torch.Tensor] = []
 
     def watch(self) -> Watch:
-        return Watch(self._slots, self._tensors, self._modules, self._random)
+        return Watch(
+            self._slots, self._tensors, self._modules, self._random, self._copied
+        )
 
     def expect(self, condition: bool, reason: str) -> None:
         if not condition:
@@ -59,16 +63,27 @@ class Reader:
             raise Deviation(f"{self._name(module)} has other children: {other}")
 
     def child(self, parent: nn.Module, name: str, cls: str | type) -> Any:
-        """The child, of exactly this class; a text names a stock one by its ending."""
+        """The child, of exactly this class. A text names a stock one: what follows the
+        prefix, or after ``=`` all of it."""
         child = self._open(parent, name)
         found = type(child)
         if isinstance(cls, str):
-            cls = self.prefix + cls
+            cls = cls[1:] if cls[0] == "=" else self.prefix + cls
             known = (found.__module__, found.__name__) == (self.home, cls)
         else:
             known = found is cls
         self.expect(known, f"{self._name(child)} is {_a(found.__name__)}")
         return child
+
+    def present(self, module: nn.Module, name: str) -> tuple[str, ...]:
+        """``name`` if it is a child: an activation may be a function instead."""
+        return (name,) if name in module._modules else ()
+
+    def stock(self, name: str) -> Any:
+        """A class that the module of the stock classes imports."""
+        found = getattr(sys.modules[self.home], name, None)
+        self.expect(found is not None, f"this transformers has no {name}")
+        return found
 
     def layers(self, parent: nn.Module, name: str, cls: str) -> list[Any]:
         """The entries of an ``nn.ModuleList``; there must be one."""
@@ -117,8 +132,16 @@ class Reader:
 
     def dropout(self, parent: nn.Module, name: str) -> None:
         layer = self.child(parent, name, nn.Dropout)
-        if layer.p > 0:
-            self._random.append(layer)
+        self.drops(layer, layer.p)
+
+    def drops(self, module: nn.Module, p: float) -> None:
+        """``module`` drops with probability ``p`` while it is in training."""
+        if p > 0:
+            self._random.append(module)
+
+    def copied(self, tensor: torch.Tensor) -> None:
+        """Something is derived from ``tensor`` that a change in place outdates."""
+        self._copied.append(tensor)
 
     def feed_forward_activation(
         self, parent: nn.Module, name: str, up: nn.Module

@@ -12,6 +12,7 @@ from torch import nn
 
 _training = attrgetter("training")
 _requires_grad = attrgetter("requires_grad")
+_version = attrgetter("_version")
 _address = torch.Tensor.data_ptr
 
 #: The function with which transformers records hidden states when it is asked to. It
@@ -30,6 +31,7 @@ class Watch:
     tensors : their memory must still be where it was
     modules : on which a hook, or a forward of their own, would be passed over
     random : modules that draw random numbers in training
+    copied : tensors that must not change in place either
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Watch:
         tensors: Sequence[torch.Tensor],
         modules: Sequence[nn.Module],
         random: Sequence[nn.Module],
+        copied: Sequence[torch.Tensor],
     ) -> None:
         self._places = [place for place, _, _ in slots]
         self._keys = [key for _, key, _ in slots]
@@ -51,6 +54,9 @@ class Watch:
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
         self._random = list(random)
+        # Inference tensors count no versions.
+        self._copied = [tensor for tensor in copied if not tensor.is_inference()]
+        self._versions = list(map(_version, self._copied))
 
     def unchanged(self) -> bool:
         """Whether everything is in its place."""
@@ -58,6 +64,7 @@ class Watch:
         return (
             all(map(is_, found, self._objects))
             and list(map(_address, self._tensors)) == self._addresses
+            and list(map(_version, self._copied)) == self._versions
         )
 
     def hooked(self) -> bool:
