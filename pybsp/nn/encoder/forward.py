@@ -92,6 +92,11 @@ class FusedForward:
             updated=(),
         )
 
+    @property
+    def __code__(self) -> Any:
+        """What ``torch.export`` names as the place of a forward."""
+        return type(self._model).forward.__code__
+
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self._model, "read": self._read}
 
