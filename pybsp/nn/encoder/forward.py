@@ -182,18 +182,23 @@ _CONFIG = (
 )
 
 
+#: Arguments that no stock encoder computes with: what Trainer adds to the loss, and the
+#: cache of a decoder.
+_IDLE = ("num_items_in_batch", "use_cache")
+
+
 def check_other_arguments(others: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """``Deviation`` unless they are what they are by default."""
+    """``Deviation`` unless they are as by default, or nothing depends on them."""
     for value in others:
         if value is not None:
             raise Deviation("it was called with further arguments")
     for name, value in options.items():
-        if value is None or value is False:
-            if name != "return_dict" or value is None:
-                continue
-        elif name == "return_dict":
-            continue
-        raise Deviation(f"it was called with {name}")
+        if name == "return_dict":
+            usual = value is None or value is True
+        else:
+            usual = value is None or value is False or name in _IDLE
+        if not usual:
+            raise Deviation(f"it was called with {name}")
 
 
 def check_ids(ids: Any) -> torch.Tensor:
