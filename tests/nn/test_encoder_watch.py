@@ -107,6 +107,16 @@ def test_a_packed_layer_replaced_by_a_dense_one(native):
     assert_native(native)
 
 
+def test_more_and_fewer_layers(native):
+    layers = native.encoder.layer
+    layers.append(copy.deepcopy(layers[0]))
+    assert_native(native)
+    del layers[0]
+    assert_native(native)
+    native.encoder.layer = layers[:1]
+    assert_native(native)
+
+
 def test_fewer_heads(native):
     attention = native.encoder.layer[0].attention
     for name in ("query", "key", "value"):

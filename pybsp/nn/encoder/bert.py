@@ -154,6 +154,7 @@ def _read_layer(layer: Any, reader: Reader) -> LayerSpec:
     inner = reader.child(attention, "self", "SelfAttention")
     reader.expect_children(inner, "query", "key", "value", "dropout")
     reader.dropout(inner, "dropout")
+    reader.drops(inner, inner.dropout.p)
     output = reader.child(attention, "output", "SelfOutput")
     reader.expect_children(output, "dense", "LayerNorm", "dropout")
     reader.dropout(output, "dropout")

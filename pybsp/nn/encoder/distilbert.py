@@ -65,6 +65,7 @@ def _read_layer(layer: Any, reader: Reader) -> LayerSpec:
     projections = ("q_lin", "k_lin", "v_lin")
     reader.expect_children(attention, *projections, "out_lin", "dropout")
     reader.dropout(attention, "dropout")
+    reader.drops(attention, attention.dropout.p)
     query, key, value = (reader.linear(attention, name) for name in projections)
     return LayerSpec(
         AttentionSpec(

@@ -229,5 +229,5 @@ def check_rows(name: str, rows: Any, shape: torch.Size) -> torch.Tensor | None:
     if rows.shape == shape:
         return rows
     if rows.shape in ((1, shape[1]), (shape[1],)):
-        return rows.expand(shape)
+        return rows.expand(shape).contiguous()
     raise Deviation(f"its {name} are not (batch, length)")

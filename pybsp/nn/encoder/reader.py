@@ -46,11 +46,13 @@ class Reader:
         self._modules: list[nn.Module] = []
         self._random: list[nn.Module] = []
         self._copied: list[torch.Tensor] = []
+        self._stacks: list[dict[str, Any]] = []
 
     def watch(self) -> Watch:
         return Watch(
-            self._slots, self._tensors, self._modules, self._random, self._copied
-        )
+            self._slots, self._stacks, self._tensors, self._copied,
+            self._modules, self._random,
+        )  # fmt: skip
 
     def expect(self, condition: bool, reason: str) -> None:
         if not condition:
@@ -89,6 +91,7 @@ class Reader:
         """The entries of an ``nn.ModuleList``; there must be one."""
         stack = self.child(parent, name, nn.ModuleList)
         self.expect(len(stack._modules) > 0, "it has no layers")
+        self._stacks.append(stack._modules)
         return [self.child(stack, index, cls) for index in stack._modules]
 
     def linear(

@@ -28,25 +28,30 @@ class Watch:
     Parameters
     ----------
     slots : ``(dictionary, key, object)``: each must still hold that very object
+    stacks : dictionaries of layers, which must not become longer
     tensors : their memory must still be where it was
+    copied : tensors that must not change in place either
     modules : on which a hook, or a forward of their own, would be passed over
     random : modules that draw random numbers in training
-    copied : tensors that must not change in place either
     """
 
     def __init__(
         self,
         slots: Sequence[tuple[dict[str, Any], str, Any]],
+        stacks: Sequence[dict[str, Any]],
         tensors: Sequence[torch.Tensor],
+        copied: Sequence[torch.Tensor],
         modules: Sequence[nn.Module],
         random: Sequence[nn.Module],
-        copied: Sequence[torch.Tensor],
     ) -> None:
         self._places = [place for place, _, _ in slots]
         self._keys = [key for _, key, _ in slots]
         self._objects = [found for _, _, found in slots]
-        self._tensors = list(tensors)
-        self._addresses = [tensor.data_ptr() for tensor in tensors]
+        self._stacks, self._depths = list(stacks), list(map(len, stacks))
+        self._tensors, self._addresses = list(tensors), list(map(_address, tensors))
+        # Inference tensors count no versions.
+        self._copied = [tensor for tensor in copied if not tensor.is_inference()]
+        self._versions = list(map(_version, self._copied))
         self._states = [vars(module) for module in modules]
         self._hooks = [
             hooks
@@ -54,15 +59,13 @@ class Watch:
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
         self._random = list(random)
-        # Inference tensors count no versions.
-        self._copied = [tensor for tensor in copied if not tensor.is_inference()]
-        self._versions = list(map(_version, self._copied))
 
     def unchanged(self) -> bool:
         """Whether everything is in its place."""
         found = map(dict.get, self._places, self._keys)
         return (
             all(map(is_, found, self._objects))
+            and list(map(len, self._stacks)) == self._depths
             and list(map(_address, self._tensors)) == self._addresses
             and list(map(_version, self._copied)) == self._versions
         )
