@@ -61,10 +61,17 @@ class Bound:
         self, model: nn.Module, read: Callable[[nn.Module, Reader], Reading]
     ) -> None:
         reader = Reader(model)
-        self.reading = read(model, reader)
+        try:
+            self.reading = read(model, reader)
+        except (AttributeError, KeyError, TypeError) as error:
+            # Another version of transformers.
+            raise Deviation(f"its modules are not as expected: {error}") from error
         reader.expect(reader.packed > 0, "none of its linear layers is packed")
         self.watch: Watch = reader.watch()
-        self.encoder = Encoder(self.reading.spec)
+        try:
+            self.encoder = Encoder(self.reading.spec)
+        except ValueError as error:
+            raise Deviation(str(error)) from error
         # A config looks each attribute up in Python; its dictionary does not.
         self.config: dict[str, Any] = vars(reader.config)
 

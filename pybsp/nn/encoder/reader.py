@@ -11,9 +11,7 @@ from torch import nn
 from ...ops import LinearSpec, NormSpec
 from ..fuse import FusedActivation, activation_of
 from ..linear import BlockSparseLinear
-from .watch import Watch
-
-Slot = tuple[dict[str, Any], str, Any]
+from .watch import Slot, Watch
 
 
 class Deviation(Exception):

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import repeat
-from operator import attrgetter, is_
 from typing import Any
 
 import torch
 from torch import nn
 
-_training = attrgetter("training")
-_requires_grad = attrgetter("requires_grad")
-_version = attrgetter("_version")
-_address = torch.Tensor.data_ptr
+Slot = tuple[dict[str, Any], str, Any]
 
 #: The function with which transformers records hidden states when it is asked to. It
 #: stays registered once it was needed, and does nothing in other calls.
@@ -21,9 +16,10 @@ _RECORDER = ("transformers.utils.output_capturing", "output_capturing_hook")
 
 
 class Watch:
-    """The places that hold what was read; each question is answered in C.
+    """The places that hold what was read.
 
-    A Python loop would take three times as long: there are 550 places in 12 layers.
+    12 layers of BERT have 570 places and 200 tensors: plain loops over lists made
+    beforehand see to them in 25 microseconds, and ``map`` in no less.
 
     Parameters
     ----------
@@ -37,21 +33,19 @@ class Watch:
 
     def __init__(
         self,
-        slots: Sequence[tuple[dict[str, Any], str, Any]],
+        slots: Sequence[Slot],
         stacks: Sequence[dict[str, Any]],
         tensors: Sequence[torch.Tensor],
         copied: Sequence[torch.Tensor],
         modules: Sequence[nn.Module],
         random: Sequence[nn.Module],
     ) -> None:
-        self._places = [place for place, _, _ in slots]
-        self._keys = [key for _, key, _ in slots]
-        self._objects = [found for _, _, found in slots]
-        self._stacks, self._depths = list(stacks), list(map(len, stacks))
-        self._tensors, self._addresses = list(tensors), list(map(_address, tensors))
+        self._slots = list(slots)
+        self._stacks = [(stack, len(stack)) for stack in stacks]
+        self._tensors = list(tensors)
+        self._addresses = [(tensor.data_ptr, tensor.data_ptr()) for tensor in tensors]
         # Inference tensors count no versions.
-        self._copied = [tensor for tensor in copied if not tensor.is_inference()]
-        self._versions = list(map(_version, self._copied))
+        self._versions = [(t, t._version) for t in copied if not t.is_inference()]
         self._states = [vars(module) for module in modules]
         self._hooks = [
             hooks
@@ -62,18 +56,25 @@ class Watch:
 
     def unchanged(self) -> bool:
         """Whether everything is in its place."""
-        found = map(dict.get, self._places, self._keys)
-        return (
-            all(map(is_, found, self._objects))
-            and list(map(len, self._stacks)) == self._depths
-            and list(map(_address, self._tensors)) == self._addresses
-            and list(map(_version, self._copied)) == self._versions
-        )
+        try:
+            for place, key, found in self._slots:
+                if place[key] is not found:
+                    return False
+        except KeyError:
+            return False
+        for address, before in self._addresses:
+            if address() != before:
+                return False
+        for stack, depth in self._stacks:
+            if len(stack) != depth:
+                return False
+        return all(tensor._version == before for tensor, before in self._versions)
 
     def hooked(self) -> bool:
         """Whether a module has a hook that would be passed over, or its own forward."""
-        if any(map(dict.__contains__, self._states, repeat("forward"))):
-            return True
+        for state in self._states:
+            if "forward" in state:
+                return True
         return any(self._hooks) and any(
             _name_of(hook) != _RECORDER
             for hooks in self._hooks
@@ -82,10 +83,10 @@ class Watch:
 
     def random(self) -> bool:
         """Whether a dropout is in training although the model may not be."""
-        return any(map(_training, self._random))
+        return any(module.training for module in self._random)
 
     def needs_grad(self) -> bool:
-        return any(map(_requires_grad, self._tensors))
+        return any(tensor.requires_grad for tensor in self._tensors)
 
 
 def _name_of(hook: Any) -> tuple[str | None, str | None]:
