@@ -36,7 +36,8 @@ def pack_(
         on the layer or in ``model.config``, else detected from the zeros.
     dtype : of the packed weights; only ``"float32"``.
     fuse : run whole encoders natively, and compute the activation after a packed layer
-        inside of it, where the architecture is known.
+        inside of it, where the architecture is known. Natively the last hidden states
+        are zero at padding.
     min_gain : a layer stays dense when the packed call would not be at least this many
         times faster on this CPU, as ``pybsp.costs`` predicts it or, where it is close,
         measures it. 0 packs every layer with zero blocks and asks for no times.

@@ -124,7 +124,6 @@ def test_fewer_heads(native):
         prune(linear)
         setattr(attention.self, name, linear)
     attention.output.dense = nn.Linear(32, 64)
-    attention.self.num_attention_heads = 2
     assert_native(native)
 
 

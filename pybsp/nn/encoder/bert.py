@@ -121,7 +121,7 @@ def _read_embeddings(model: nn.Module, reader: Reader) -> EmbeddingsSpec:
     )
     # The defaults of both, which a checkpoint of old may hold otherwise.
     places = reader.buffer(embeddings, "position_ids")
-    usual = torch.arange(places.shape[-1])
+    usual = torch.arange(places.shape[-1], device=places.device)
     reader.expect(torch.equal(places[0], usual), "it has its own position_ids")
     types = reader.buffer(embeddings, "token_type_ids")
     reader.expect(not bool(types.any()), "it has its own token_type_ids")
@@ -152,20 +152,19 @@ def _read_layer(layer: Any, reader: Reader) -> LayerSpec:
     attention = reader.child(layer, "attention", "Attention")
     reader.expect_children(attention, "self", "output")
     inner = reader.child(attention, "self", "SelfAttention")
-    reader.expect_children(inner, "query", "key", "value", "dropout")
+    projections = ("query", "key", "value")
+    reader.expect_children(inner, *projections, "dropout")
     reader.dropout(inner, "dropout")
     reader.drops(inner, inner.dropout.p)
     output = reader.child(attention, "output", "SelfOutput")
     reader.expect_children(output, "dense", "LayerNorm", "dropout")
     reader.dropout(output, "dropout")
-    query, key, value = (
-        reader.linear(inner, name) for name in ("query", "key", "value")
-    )
+    query, key, value = (reader.linear(inner, name) for name in projections)
     return LayerSpec(
         AttentionSpec(
             (query, key, value),
             reader.linear(output, "dense"),
-            heads=inner.num_attention_heads,
+            heads=reader.heads(inner, inner.attention_head_size, *projections),
             scale=inner.scaling,
         ),
         reader.norm(output, "LayerNorm"),

@@ -53,7 +53,7 @@ def _read_embeddings(model: nn.Module, reader: Reader) -> EmbeddingsSpec:
     reader.dropout(embeddings, "dropout")
     words, positions = (reader.embedding(embeddings, name) for name in tables)
     places = reader.buffer(embeddings, "position_ids")
-    usual = torch.arange(places.shape[-1])
+    usual = torch.arange(places.shape[-1], device=places.device)
     reader.expect(torch.equal(places[0], usual), "it has its own position_ids")
     return EmbeddingsSpec(words, positions, None, reader.norm(embeddings, "LayerNorm"))
 
@@ -71,7 +71,7 @@ def _read_layer(layer: Any, reader: Reader) -> LayerSpec:
         AttentionSpec(
             (query, key, value),
             reader.linear(attention, "out_lin"),
-            heads=attention.n_heads,
+            heads=reader.heads(attention, attention.attention_head_size, *projections),
             scale=attention.scaling,
         ),
         reader.norm(layer, "sa_layer_norm"),

@@ -76,9 +76,11 @@ def _read_rotation(model: Any, kind: str, reader: Reader) -> Rotation:
         f"its rotary frequencies are {frequencies.dtype} on {frequencies.device}",
     )
     reader.copied(frequencies)
-    rows = torch.arange(reader.config.max_position_embeddings)[None]
+    rows = torch.arange(
+        reader.config.max_position_embeddings, device=frequencies.device
+    )
     # Twice the same, for both halves of a head.
-    cos, sin = rotary(torch.empty(0), rows, kind)
+    cos, sin = rotary(frequencies, rows[None], kind)
     half = cos.shape[-1] // 2
     return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
@@ -113,7 +115,7 @@ def _read_attention(layer: Any, rotation: Rotation, reader: Reader) -> Attention
     return AttentionSpec(
         (reader.linear(attention, "Wqkv"),),
         reader.linear(attention, "Wo"),
-        heads=reader.config.num_attention_heads,
+        heads=reader.heads(attention, 3 * attention.head_dim, "Wqkv"),
         scale=attention.head_dim**-0.5,
         window=window,
         cos=rotation[0],

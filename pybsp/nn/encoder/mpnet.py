@@ -58,7 +58,8 @@ def _relative_bias(encoder: Any, rows: int, reader: Reader) -> torch.Tensor:
     table = reader.embedding(encoder, "relative_attention_bias")
     reader.copied(table)
     # The stock buckets count ``key - query``.
-    buckets = encoder.relative_position_bucket(torch.arange(rows - 1, -rows, -1))
+    distances = torch.arange(rows - 1, -rows, -1, device=table.device)
+    buckets = encoder.relative_position_bucket(distances)
     return table.detach()[buckets].t().contiguous()
 
 
@@ -71,12 +72,13 @@ def _read_layer(layer: Any, bias: torch.Tensor, reader: Reader) -> LayerSpec:
     reader.expect_children(attention, "q", "k", "v", "o", "dropout")
     reader.dropout(attention, "dropout")
     query, key, value = (reader.linear(attention, name) for name in "qkv")
+    size = attention.attention_head_size
     return LayerSpec(
         AttentionSpec(
             (query, key, value),
             reader.linear(attention, "o"),
-            heads=attention.num_attention_heads,
-            scale=attention.attention_head_size**-0.5,
+            heads=reader.heads(attention, size, *"qkv"),
+            scale=size**-0.5,
             relative_bias=bias,
         ),
         reader.norm(outer, "LayerNorm"),

@@ -118,6 +118,16 @@ class Reader:
         bias = None if layer.bias is None else self.parameter(layer, "bias")
         return LinearSpec(weight, bias)
 
+    def heads(self, parent: Any, size: int, *names: str) -> int:
+        """How many heads of ``size`` the projections ``names`` compute: stock modules
+        go by that, whatever number they keep."""
+        features = [getattr(parent, name).out_features for name in names]
+        self.expect(
+            len(set(features)) == 1 and features[0] % size == 0,
+            f"{self._name(parent)} projects to {features} features, heads are {size}",
+        )
+        return int(features[0] // size)
+
     def norm(self, parent: nn.Module, name: str) -> NormSpec:
         layer = self.child(parent, name, nn.LayerNorm)
         if len(layer.normalized_shape) != 1 or layer.weight is None:

@@ -62,7 +62,7 @@ def _read_layer(layer: Any, reader: Reader) -> LayerSpec:
         AttentionSpec(
             (query, key, value),
             reader.linear(attention, "o_proj"),
-            heads=attention.num_attention_heads,
+            heads=reader.heads(attention, attention.head_dim, *projections),
             scale=attention.scaling,
         ),
         reader.norm(layer, "layernorm_before"),
