@@ -24,9 +24,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..blocks import BlockShapeSpec, check_block_shape, check_block_shape_spec
 from ..nn import pack
+from ..nn.encoder import fuse_encoders_
 from ..nn.fuse import fuse_
 from ..nn.linear import BlockSparseLinear
 from ..nn.plan import NothingToPack
+from ..nn.report import EncoderReport
 from .loading import (
     check_loaded,
     check_record,
@@ -174,9 +176,10 @@ class BlockSparseHfQuantizer(HfQuantizer):
             check_loaded(model, self._loaded_packed)
             if self.quantization_config.fuse:
                 fuse_(model)
+                tell_encoders(fuse_encoders_(model))
             return
         try:
-            pack.pack_(
+            report = pack.pack_(
                 model,
                 fuse=self.quantization_config.fuse,
                 min_gain=self.quantization_config.min_gain,
@@ -186,6 +189,8 @@ class BlockSparseHfQuantizer(HfQuantizer):
                 raise
             logger.warning("nothing was packed, the model stays dense: %s", error)
             follow_packing(model)
+        else:
+            tell_encoders(report.encoders)
 
     def _dequantize(
         self, model: nn.Module, dtype: torch.dtype | str | None = None
@@ -210,6 +215,12 @@ class BlockSparseHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def tell_encoders(reports: tuple[EncoderReport, ...]) -> None:
+    """Loading returns the model alone, so what runs where goes to the log."""
+    for report in reports:
+        logger.info("%s", report)
 
 
 def follow_packing(model: nn.Module) -> None:

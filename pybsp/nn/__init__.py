@@ -2,11 +2,12 @@
 
 from .linear import BlockSparseLinear
 from .pack import pack_, unpack_
-from .report import LayerReport, PackReport
+from .report import EncoderReport, LayerReport, PackReport
 from .training import PackedTraining, pack_for_training_
 
 __all__ = [
     "BlockSparseLinear",
+    "EncoderReport",
     "LayerReport",
     "PackReport",
     "PackedTraining",

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..blocks import BlockShapeSpec
 from ..costs import expected_cost
+from .encoder import fuse_encoders_, unfuse_encoders_
 from .fuse import fuse_, unfuse_
 from .linear import BlockSparseLinear
 from .plan import LayerPlan, plan_packing
@@ -34,8 +35,9 @@ def pack_(
     block_shape : ``(out, in)`` blocks for every layer. None: what the pruner recorded
         on the layer or in ``model.config``, else detected from the zeros.
     dtype : of the packed weights; only ``"float32"``.
-    fuse : compute the activation after a packed layer inside of it, where the
-        architecture is known.
+    fuse : run whole encoders natively, and compute the activation after a packed layer
+        inside of it, where the architecture is known. Natively the last hidden states
+        are zero at padding.
     min_gain : a layer stays dense when the packed call would not be at least this many
         times faster on this CPU, as ``pybsp.costs`` predicts it or, where it is close,
         measures it. 0 packs every layer with zero blocks and asks for no times.
@@ -54,12 +56,15 @@ def pack_(
             for name in plan.names:
                 model.set_submodule(name, layer)
     fused = fuse_(model) if fuse else []
+    encoders = fuse_encoders_(model) if fuse else ()
     _tell(model)
-    return PackReport(tuple(plan.report for plan in plans), tokens, tuple(fused))
+    layers = tuple(plan.report for plan in plans)
+    return PackReport(layers, tokens, tuple(fused), encoders)
 
 
 def unpack_(model: nn.Module) -> nn.Module:
     """Turn every ``BlockSparseLinear`` back into ``nn.Linear``, in place; the model."""
+    unfuse_encoders_(model)
     unfuse_(model)
     dense: dict[int, nn.Linear] = {}
     places = [

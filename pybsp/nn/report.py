@@ -36,15 +36,33 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class EncoderReport:
+    """One encoder; ``native`` when it runs as a whole, else ``reason`` says why not."""
+
+    name: str
+    architecture: str
+    native: bool
+    reason: str = ""
+
+    def __str__(self) -> str:
+        name = f"{self.name} ({self.architecture})" if self.name else self.architecture
+        if self.native:
+            return f"{name} runs natively as a whole"
+        return f"{name} runs through its own modules: {self.reason}"
+
+
+@dataclass(frozen=True)
 class PackReport:
     """Every linear layer that ``pack_`` looked at; ``str()`` gives a table.
 
-    ``fused`` names the packed layers that compute the activation after them.
+    ``fused`` names the packed layers that compute the activation after them, and
+    ``encoders`` the base models found, with what runs them.
     """
 
     layers: tuple[LayerReport, ...]
     tokens: int
     fused: tuple[str, ...] = field(default=())
+    encoders: tuple[EncoderReport, ...] = field(default=())
 
     @property
     def packed(self) -> tuple[LayerReport, ...]:
@@ -79,6 +97,7 @@ class PackReport:
             "layers": layers,
             "tokens": self.tokens,
             "fused": list(self.fused),
+            "encoders": [asdict(encoder) for encoder in self.encoders],
             "layers_packed": len(self.packed),
             "dense_bytes": self.dense_bytes,
             "packed_bytes": self.packed_bytes,
@@ -115,11 +134,12 @@ class PackReport:
 
     def _summary(self) -> str:
         ratio = self.packed_bytes / self.dense_bytes if self.dense_bytes else 1.0
-        return (
+        layers = (
             f"{len(self.packed)} of {len(self.layers)} linear layers packed, "
             f"{self.dense_bytes / 1e6:.2f} -> {self.packed_bytes / 1e6:.2f} MB "
             f"({ratio:.2f}x); times for {self.tokens} tokens"
         )
+        return "\n".join((layers, *map(str, self.encoders)))
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -1,0 +1,93 @@
+"""Is a model still what was read from it? Asked before every call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+Slot = tuple[dict[str, Any], str, Any]
+
+#: The function with which transformers records hidden states when it is asked to. It
+#: stays registered once it was needed, and does nothing in other calls.
+_RECORDER = ("transformers.utils.output_capturing", "output_capturing_hook")
+
+
+class Watch:
+    """The places that hold what was read.
+
+    12 layers of BERT have 570 places and 200 tensors: plain loops over lists made
+    beforehand see to them in 25 microseconds, and ``map`` in no less.
+
+    Parameters
+    ----------
+    slots : ``(dictionary, key, object)``: each must still hold that very object
+    stacks : dictionaries of layers, which must not become longer
+    tensors : their memory must still be where it was
+    copied : tensors that must not change in place either
+    modules : on which a hook, or a forward of their own, would be passed over
+    random : modules that draw random numbers in training
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        stacks: Sequence[dict[str, Any]],
+        tensors: Sequence[torch.Tensor],
+        copied: Sequence[torch.Tensor],
+        modules: Sequence[nn.Module],
+        random: Sequence[nn.Module],
+    ) -> None:
+        self._slots = list(slots)
+        self._stacks = [(stack, len(stack)) for stack in stacks]
+        self._tensors = list(tensors)
+        self._addresses = [(tensor.data_ptr, tensor.data_ptr()) for tensor in tensors]
+        # Inference tensors count no versions.
+        self._versions = [(t, t._version) for t in copied if not t.is_inference()]
+        self._states = [vars(module) for module in modules]
+        self._hooks = [
+            hooks
+            for module in modules
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+        self._random = list(random)
+
+    def unchanged(self) -> bool:
+        """Whether everything is in its place."""
+        try:
+            for place, key, found in self._slots:
+                if place[key] is not found:
+                    return False
+        except KeyError:
+            return False
+        for address, before in self._addresses:
+            if address() != before:
+                return False
+        for stack, depth in self._stacks:
+            if len(stack) != depth:
+                return False
+        return all(tensor._version == before for tensor, before in self._versions)
+
+    def hooked(self) -> bool:
+        """Whether a module has a hook that would be passed over, or its own forward."""
+        for state in self._states:
+            if "forward" in state:
+                return True
+        return any(self._hooks) and any(
+            _name_of(hook) != _RECORDER
+            for hooks in self._hooks
+            for hook in hooks.values()
+        )
+
+    def random(self) -> bool:
+        """Whether a dropout is in training although the model may not be."""
+        return any(module.training for module in self._random)
+
+    def needs_grad(self) -> bool:
+        return any(tensor.requires_grad for tensor in self._tensors)
+
+
+def _name_of(hook: Any) -> tuple[str | None, str | None]:
+    return getattr(hook, "__module__", None), getattr(hook, "__name__", None)

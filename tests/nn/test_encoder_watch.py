@@ -1,0 +1,213 @@
+"""The native encoder follows every change of the model it serves."""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+from encoders import (
+    ARCHITECTURES,
+    arguments_for,
+    build,
+    counted,
+    packed,
+    prune,
+    stock,
+    text,
+)
+from torch import nn
+
+from pybsp.nn import BlockSparseLinear, pack_, unpack_
+from pybsp.nn.encoder import FusedForward
+
+LOGGER = "pybsp.nn.encoder.forward"
+
+
+@torch.inference_mode()
+def assert_native(native, arguments=None, calls=1):
+    """The encoder runs (or does not), and gives what the modules give now."""
+    arguments = text(2, 11, "right") if arguments is None else arguments
+    with counted() as count:
+        found = native(**arguments)[0]
+    assert count.native == calls
+    expected = stock(native, **arguments)[0]
+    if "attention_mask" in arguments:
+        kept = arguments["attention_mask"] != 0
+        found, expected = found[kept], expected[kept]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.fixture
+def native():
+    """Packed, and called before: what is changed later was bound already."""
+    model = packed(build("bert"))
+    assert_native(model)
+    return model
+
+
+def test_weights_changed_in_place(native):
+    with torch.no_grad():
+        native.encoder.layer[0].output.dense.weight_values.mul_(2)
+        native.embeddings.word_embeddings.weight.neg_()
+        native.encoder.layer[1].output.LayerNorm.bias.add_(1)
+    assert_native(native)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "embeddings.token_type_embeddings.weight",
+        "embeddings.LayerNorm.bias",
+        "encoder.layer.0.attention.self.key.weight_values",
+        "encoder.layer.0.attention.self.value.bias",
+        "encoder.layer.1.output.LayerNorm.weight",
+    ],
+)
+@pytest.mark.parametrize("how", ["data", "parameter"])
+def test_tensors_replaced(native, name, how):
+    parent, _, key = name.rpartition(".")
+    module = native.get_submodule(parent)
+    value = torch.randn_like(getattr(module, key))
+    if how == "data":
+        getattr(module, key).data = value
+    else:
+        setattr(module, key, nn.Parameter(value))
+    assert_native(native)
+    assert_native(native)
+
+
+def test_another_pattern_is_loaded(native):
+    other = build("bert", seed=5)
+    native.load_state_dict(other.state_dict())
+    assert_native(native)
+    arguments = text(2, 11)
+    with torch.inference_mode():
+        torch.testing.assert_close(native(**arguments)[0], other(**arguments)[0])
+
+
+def test_assigned_state(native):
+    native.load_state_dict(build("bert", seed=5).state_dict(), assign=True)
+    assert_native(native)
+
+
+def test_resized_embeddings(native):
+    native.resize_token_embeddings(200)
+    ids = torch.tensor([[150, 199, 3]])
+    assert_native(native, {"input_ids": ids})
+
+
+def test_a_packed_layer_replaced_by_a_dense_one(native):
+    dense = nn.Linear(96, 64)
+    native.encoder.layer[0].output.dense = dense
+    assert_native(native)
+    native.encoder.layer[0].output.dense = BlockSparseLinear.from_linear(dense, (8, 1))
+    assert_native(native)
+
+
+def test_more_and_fewer_layers(native):
+    layers = native.encoder.layer
+    layers.append(copy.deepcopy(layers[0]))
+    assert_native(native)
+    del layers[0]
+    assert_native(native)
+    native.encoder.layer = layers[:1]
+    assert_native(native)
+
+
+def test_fewer_heads(native):
+    attention = native.encoder.layer[0].attention
+    for name in ("query", "key", "value"):
+        linear = nn.Linear(64, 32)
+        prune(linear)
+        setattr(attention.self, name, linear)
+    attention.output.dense = nn.Linear(32, 64)
+    assert_native(native)
+
+
+def test_an_adapter_put_in_and_taken_out(native, caplog):
+    class Adapter(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            return self.base(x) + 1
+
+    parent = native.encoder.layer[1].attention.self
+    parent.query = Adapter(parent.query)
+    assert_native(native, calls=0)
+    assert_native(native, calls=0)
+    (record,) = (r for r in caplog.records if r.name == LOGGER)
+    assert "encoder.layer.1.attention.self.query is an Adapter" in record.getMessage()
+    parent.query = parent.query.base
+    assert_native(native)
+
+
+def test_other_types_and_back(native):
+    native.double()
+    with counted() as calls, torch.inference_mode(), pytest.raises(TypeError):
+        native(**text(2, 11))
+    assert calls.native == 0
+    nn.Module.float(native)
+    assert_native(native)
+
+
+def test_a_copied_table_that_changes_in_place():
+    native = packed(build("mpnet"))
+    assert_native(native)
+    with torch.no_grad():
+        native.encoder.relative_attention_bias.weight.neg_()
+    assert_native(native)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("how", ["copy", "pickle", "save"])
+def test_copies_have_their_own_encoder(name, how):
+    native = packed(build(name))
+    arguments = arguments_for(name)
+    assert_native(native, arguments)
+    if how == "copy":
+        other = copy.deepcopy(native)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(native))
+    else:
+        file = io.BytesIO()
+        torch.save(native, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    assert isinstance(other.forward, FusedForward)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    assert_native(other, arguments)
+    assert_native(native, arguments)
+    with torch.inference_mode():
+        assert not torch.equal(native(**arguments)[0], other(**arguments)[0])
+
+
+def test_unpacking_gives_the_forward_back(native):
+    unpack_(native)
+    assert "forward" not in vars(native)
+    assert_native(native, calls=0)
+    report = pack_(native, block_shape=(8, 1), min_gain=0)
+    assert report.encoders[0].native
+    assert_native(native)
+
+
+def test_packing_what_became_sparse_later(native):
+    prune(native.pooler.dense)
+    report = pack_(native, block_shape=(8, 1), min_gain=0)
+    assert report.encoders[0].native
+    assert_native(native)
+
+
+def test_nothing_but_the_model_keeps_it_alive():
+    native = packed(build("bert"))
+    assert_native(native)
+    alive = weakref.ref(native)
+    del native
+    gc.collect()
+    assert alive() is None
