@@ -6,9 +6,9 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import nn
 
+from .. import ops
 from ..blocks import BlockShape
 from ..nn.linear import BlockSparseLinear
 from .packed_file import PACKED_FILE, PackedLayer, dense_files, same_weights
@@ -102,5 +102,5 @@ def check_loaded(model: nn.Module, file: Path) -> None:
                 module.matrix  # noqa: B018 (built and checked on access)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{file}: '{name}': {error}") from error
-            if not bool(torch.isfinite(module.weight_values).all()):
+            if not ops.all_finite(module.weight_values):
                 raise ValueError(f"{file}: '{name}' holds NaN or infinite weights")
