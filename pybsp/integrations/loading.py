@@ -6,11 +6,12 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from .. import ops
 from ..blocks import BlockShape
-from ..nn.linear import BlockSparseLinear
+from ..nn.linear import FIELDS, BlockSparseLinear
 from .packed_file import PACKED_FILE, PackedLayer, dense_files, same_weights
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,11 @@ def check_loaded(model: nn.Module, file: Path) -> None:
     """Check what was loaded into packed layers; ``ValueError`` names file and layer."""
     for name, module in model.named_modules():
         if isinstance(module, BlockSparseLinear):
+            # Values stay in the mapped file. The kernels rely on the indices being as
+            # they were when checked, so those are copied (int16 ones by conversion).
+            for field in FIELDS[1:]:
+                if (indices := getattr(module, field)).dtype == torch.int32:
+                    setattr(module, field, indices.clone())
             try:
                 module.matrix  # noqa: B018 (built and checked on access)
             except (TypeError, ValueError) as error:
