@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import same_bits
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, BertConfig, BertModel
 from transformers.utils import logging as transformers_logging
 
 import pybsp
 from pybsp.blocks import expand_blocks
-from pybsp.integrations.packed_file import PACKED_FILE
+from pybsp.integrations.packed_file import PACKED_FILE, metadata_for_file
 from pybsp.nn import BlockSparseLinear
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -102,17 +103,40 @@ def mapped_addresses(file):
 
 
 @linux
-def test_weights_are_read_from_the_mapped_file(directory):
-    model = AutoModel.from_pretrained(directory)
-    answer(model, requests(1)[0])
-    ranges = mapped_addresses(directory / PACKED_FILE)
+@pytest.mark.parametrize("block_shape", [(8, 1), (16, 4), (1, 32)])
+def test_weights_are_read_from_the_mapped_file(block_shape, tmp_path):
+    dense = pruned(block_shape=block_shape)
+    file = pybsp.save_packed(dense, tmp_path / "out", dense=False)
+    model = AutoModel.from_pretrained(file.parent)
+    inputs = requests(1)[0]
+    expected = answer(dense, inputs)
+    error = (answer(model, inputs) - expected).norm() / expected.norm()
+    assert error < 100 * torch.finfo(torch.float32).eps
+    ranges = mapped_addresses(file)
     for layer in weights(model):
+        assert layer.block_shape == block_shape
         assert any(layer.weight_values.data_ptr() in r for r in ranges)
+        # What lies before them are other blocks, and vectors of the model's width.
+        assert layer.weight_values.data_ptr() % 32 == 0
         # Checked when loaded, and the file may be written to: not in the file.
         for indices in (layer.weight_crow_indices, layer.weight_col_indices):
             assert not any(indices.data_ptr() in r for r in ranges)
     embeddings = model.get_input_embeddings().weight
     assert any(embeddings.data_ptr() in r for r in ranges)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("name", ["a", "Gewicht Größe"])
+def test_the_tensors_of_a_file_begin_aligned(dtype, name, tmp_path):
+    for count in range(1, 12):
+        tensors = {
+            **{f"{name}.{i}": torch.zeros(i, 3, dtype=dtype) for i in range(count)},
+            "flags": torch.zeros(5, dtype=torch.bool),
+            "weight_col_indices": torch.zeros(7, dtype=torch.int16),
+        }
+        save_file(tensors, tmp_path / "file", metadata_for_file(tensors))
+        start = (tmp_path / "file").read_bytes()[:8]
+        assert (8 + int.from_bytes(start, "little")) % 64 == 0
 
 
 def test_writing_to_mapped_weights_leaves_the_file_alone(directory):
