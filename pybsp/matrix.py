@@ -64,7 +64,7 @@ class BlockSparseMatrix:
         NaN and infinite weights raise ``ValueError``.
         """
         ops.check_weight(weight)
-        if not torch.isfinite(weight).all():
+        if not ops.all_finite(weight):
             raise ValueError(
                 "weight holds NaN or infinite values; a block-sparse matrix must be "
                 "finite: check the checkpoint or the training run that made it"

@@ -7,8 +7,10 @@
 namespace pybsp {
 
 // Calls body(context, thread, threads) once on each of `threads` threads and waits.
-// Runs body(context, 0, 1) in the caller when threads <= 1 or when the caller is
-// itself inside a parallel region. body must not throw.
+// Runs body(context, 0, 1) in the caller when threads <= 1, when the caller is itself
+// inside a parallel region, and in a process made by fork() without exec(): it has of
+// its parent's pool of threads the memory but not the threads, and OpenMP would wait
+// for them forever. body must not throw.
 void run_on_threads(int threads, void (*body)(void* context, int thread, int threads),
                     void* context);
 

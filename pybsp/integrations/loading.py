@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from .. import ops
 from ..blocks import BlockShape
-from ..nn.linear import BlockSparseLinear
+from ..nn.linear import FIELDS, BlockSparseLinear
 from .packed_file import PACKED_FILE, PackedLayer, dense_files, same_weights
 
 logger = logging.getLogger(__name__)
@@ -61,11 +62,15 @@ def check_record(
 
 def prepare_layers(
     model: nn.Module, layers: dict[str, PackedLayer], file: Path
-) -> None:
-    """Put unloaded packed layers where ``layers`` of the checkpoint ``file`` belong."""
+) -> list[BlockSparseLinear]:
+    """Put unloaded packed layers where ``layers`` of the checkpoint ``file`` belong.
+
+    Returns those whose values the file has as ``(nnz, c, r)``, which transformers
+    leaves so: ``finish_layers`` wants them.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     prefix = getattr(model, "base_model_prefix", "") + "."
-    replaced = 0
+    replaced, column_major = 0, []
     for layer in layers.values():
         # A head model may load what a base model saved, and the other way round.
         candidates = (layer.name, prefix + layer.name, layer.name.removeprefix(prefix))
@@ -85,6 +90,9 @@ def prepare_layers(
                 "config.json and the file are not from the same save"
             )
         packed = BlockSparseLinear.on_meta(linear, layer.block_shape, layer.nnz)
+        if layer.column_major:
+            packed.weight_values.data = packed.weight_values.data.transpose(1, 2)
+            column_major.append(packed)
         model.set_submodule(name, packed)
         replaced += 1
     if not replaced:
@@ -92,15 +100,25 @@ def prepare_layers(
             f"none of the {len(layers)} packed layers in {file} exists in "
             f"{type(model).__name__}: load it with the class it was saved from"
         )
+    return column_major
 
 
-def check_loaded(model: nn.Module, file: Path) -> None:
+def finish_layers(
+    model: nn.Module, column_major: Iterable[BlockSparseLinear], file: Path
+) -> None:
     """Check what was loaded into packed layers; ``ValueError`` names file and layer."""
+    for layer in column_major:
+        layer.weight_values.data = layer.weight_values.data.transpose(1, 2)
     for name, module in model.named_modules():
         if isinstance(module, BlockSparseLinear):
+            # Values stay in the mapped file. The kernels rely on the indices being as
+            # they were when checked, so those are copied (int16 ones by conversion).
+            for field in FIELDS[1:]:
+                if (indices := getattr(module, field)).dtype == torch.int32:
+                    setattr(module, field, indices.clone())
             try:
                 module.matrix  # noqa: B018 (built and checked on access)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{file}: '{name}': {error}") from error
-            if not bool(torch.isfinite(module.weight_values).all()):
+            if not ops.all_finite(module.weight_values):
                 raise ValueError(f"{file}: '{name}' holds NaN or infinite weights")

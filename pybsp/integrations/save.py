@@ -19,7 +19,12 @@ from torch import nn
 from ..matrix import BlockSparseMatrix
 from ..nn.linear import FIELDS, BlockSparseLinear
 from ..nn.plan import plan_packing
-from .packed_file import FORMAT_VERSION, PACKED_FILE, VERSION_KEY, fields_for_file
+from .packed_file import (
+    FORMAT_VERSION,
+    PACKED_FILE,
+    fields_for_file,
+    metadata_for_file,
+)
 
 _DENSE_FILES = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
@@ -67,8 +72,7 @@ def save_packed(model: nn.Module, path: str | Path, dense: bool = True) -> Path:
         if not dense:
             for file in _dense_files(beside):
                 file.unlink()
-        metadata = {"format": "pt", VERSION_KEY: str(FORMAT_VERSION)}
-        save_file(tensors, beside / PACKED_FILE, metadata)
+        save_file(tensors, beside / PACKED_FILE, metadata_for_file(tensors))
         config = json.loads((beside / "config.json").read_text("utf-8"))
         config["quantization_config"] = {**record, "format": "packed"}
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -30,8 +30,8 @@ from ..nn.linear import BlockSparseLinear
 from ..nn.plan import NothingToPack
 from ..nn.report import EncoderReport
 from .loading import (
-    check_loaded,
     check_record,
+    finish_layers,
     prepare_layers,
     settle_files,
 )
@@ -132,6 +132,7 @@ class BlockSparseHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: BlockSparseConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._loaded_packed: Path | None = None
+        self._column_major: list[BlockSparseLinear] = []
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype not in (None, torch.float32):
@@ -164,7 +165,7 @@ class BlockSparseHfQuantizer(HfQuantizer):
         if files[0].name == PACKED_FILE:
             check_record(self.quantization_config.modules, layers, files[0])
         if layers:
-            prepare_layers(model, layers, files[0])
+            self._column_major = prepare_layers(model, layers, files[0])
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
         model_config: Any = model.config
@@ -173,7 +174,8 @@ class BlockSparseHfQuantizer(HfQuantizer):
         # From here on the stock save_pretrained writes the dense form.
         self.quantization_config.format = "dense"
         if self._loaded_packed is not None:
-            check_loaded(model, self._loaded_packed)
+            finish_layers(model, self._column_major, self._loaded_packed)
+            self._column_major = []
             if self.quantization_config.fuse:
                 fuse_(model)
                 tell_encoders(fuse_encoders_(model))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import ops
 from ..blocks import (
     BlockShape,
     BlockShapeSpec,
@@ -178,7 +179,7 @@ def _inspect(name: str, linear: nn.Linear, spec: BlockShapeSpec | None) -> Layer
             f"the weight of '{name}' is {weight.dtype}; packed layers compute in "
             "float32: call model.float() first"
         )
-    if not bool(torch.isfinite(weight).all()):
+    if not ops.all_finite(weight):
         raise ValueError(
             f"the weight of '{name}' holds NaN or infinite values: check the training "
             "run or the checkpoint it came from"

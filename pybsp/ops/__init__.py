@@ -27,7 +27,7 @@ from .encoder_spec import (
     LinearSpec,
     NormSpec,
 )
-from .fields import bind_pattern, column_major_blocks, int32_indices
+from .fields import all_finite, bind_pattern, column_major_blocks, int32_indices
 from .linear import (
     block_sparse_linear,
     block_sparse_linear_fields,
@@ -77,6 +77,7 @@ __all__ = [
     "NormSpec",
     "TokenTiles",
     "active_isa",
+    "all_finite",
     "apply_block_mask_",
     "available_isas",
     "bind_pattern",

@@ -21,6 +21,14 @@ def column_major_blocks(values: torch.Tensor) -> torch.Tensor:
     return values.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite; for float32 and wider."""
+    # A sum reads the memory once and allocates nothing, where isfinite makes three
+    # temporaries. NaN and infinity reach it; that it overflows by itself is rare.
+    tensor = tensor.detach()
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
 def int32_indices(name: str, indices: torch.Tensor) -> torch.Tensor:
     """``indices`` as contiguous int32; an entry that does not fit is refused."""
     if indices.dtype != torch.int32:

@@ -594,7 +594,7 @@ FIELD = "bert.encoder.layer.0.output.dense.weight_"
 def damage(directory, harm):
     tensors = load_file(directory / PACKED_FILE)
     harm(tensors)
-    metadata = {"format": "pt", "pybsp_format_version": "1"}
+    metadata = {"format": "pt", "pybsp_format_version": "2"}
     save_file(tensors, directory / PACKED_FILE, metadata)
 
 
@@ -666,10 +666,25 @@ def test_config_that_does_not_fit_the_file(change, message, checkpoint, tmp_path
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("metadata", [{"pybsp_format_version": "1"}, {}])
+@pytest.mark.parametrize("dense", [True, False])
+def test_file_of_the_first_version(metadata, dense, tmp_path):
+    model = pruned(block_shape=(16, 4), density=0.5)
+    pybsp.save_packed(model, tmp_path, dense=dense)
+    tensors = {
+        key: value.transpose(1, 2).contiguous() if "weight_values" in key else value
+        for key, value in load_file(tmp_path / PACKED_FILE).items()
+    }
+    save_file(tensors, tmp_path / PACKED_FILE, {"format": "pt", **metadata})
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert len(packed_layers(loaded)) == 12
+    assert_same(loaded, output(model))
+
+
 def test_file_of_a_newer_version(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     tensors = load_file(tmp_path / PACKED_FILE)
-    metadata = {"format": "pt", "pybsp_format_version": "2"}
+    metadata = {"format": "pt", "pybsp_format_version": "3"}
     save_file(tensors, tmp_path / PACKED_FILE, metadata)
     with pytest.raises(ValueError, match="upgrade pybsp"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)

@@ -70,19 +70,25 @@ def _wait(child: int, seconds: float) -> int | None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.usefixtures("threads")
-def test_a_forked_child_with_one_thread_computes() -> None:
+@pytest.mark.parametrize("threads_of_child", [1, 2])
+def test_a_forked_child_computes(threads_of_child: int) -> None:
     torch.set_num_threads(2)
-    weight = block_sparse_weight((256, 256), (8, 1), 0.5)
+    weight = block_sparse_weight((512, 512), (8, 1), 0.5)
     W = BlockSparseMatrix.from_dense(weight, (8, 1))
-    x = torch.randn(64, 256)
+    x = torch.randn(256, 512)
     expected = ops.block_sparse_linear(x, W)  # starts the parent's pool of threads
+    norms = ops.block_norms(weight, (8, 1))
     child = os.fork()
     if child == 0:
-        # As a torch DataLoader's worker does.
-        torch.set_num_threads(1)
-        ok = same_bits(ops.block_sparse_linear(x, W), expected)
+        # 1, as the workers of a torch DataLoader; 2 is what a child begins with. Its
+        # pool has no threads: a parallel region would wait for them forever.
+        torch.set_num_threads(threads_of_child)
+        results = ops.block_sparse_linear(x, W), ops.block_norms(weight, (8, 1))
+        torch.set_num_threads(1)  # Torch's comparison would wait.
+        ok = same_bits(results[0], expected) and same_bits(results[1], norms)
         os._exit(0 if ok else 3)
-    assert _wait(child, 120) == 0
+    assert _wait(child, 60) == 0
+    assert same_bits(ops.block_sparse_linear(x, W), expected)
 
 
 class Products(torch.utils.data.Dataset[torch.Tensor]):
