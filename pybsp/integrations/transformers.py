@@ -27,6 +27,7 @@ from ..nn import pack
 from ..nn.fuse import fuse_
 from ..nn.linear import BlockSparseLinear
 from ..nn.plan import NothingToPack
+from ..nn.shrink import shrink_
 from .loading import (
     check_loaded,
     check_record,
@@ -61,7 +62,7 @@ class BlockSparseConfig(QuantizationConfigMixin):
     block_shape : ``(out, in)`` for layers that ``modules`` does not name; None detects.
     modules : block shape of each pruned layer by name.
     format : ``"dense"`` or ``"packed"``: which file holds the weights.
-    min_gain, fuse : as for ``pybsp.pack_``, for a dense checkpoint packed on loading.
+    min_gain, fuse, shrink : as for ``pybsp.pack_``, for what happens on loading.
 
     Other entries, such as ``sparsity``, are kept and written again.
     """
@@ -73,6 +74,7 @@ class BlockSparseConfig(QuantizationConfigMixin):
         format: str = "dense",
         min_gain: float = 1.0,
         fuse: bool = True,
+        shrink: bool = True,
         **notes: Any,
     ) -> None:
         if format not in ("dense", "packed"):
@@ -103,6 +105,7 @@ class BlockSparseConfig(QuantizationConfigMixin):
         self.modules = {k: check_block_shape(v) for k, v in (modules or {}).items()}
         self.min_gain = min_gain
         self.fuse = fuse
+        self.shrink = shrink
         self.notes = {"format_version": FORMAT_VERSION, **notes}
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,6 +121,8 @@ class BlockSparseConfig(QuantizationConfigMixin):
             record["min_gain"] = self.min_gain
         if not self.fuse:
             record["fuse"] = False
+        if not self.shrink:
+            record["shrink"] = False
         return record
 
 
@@ -172,6 +177,8 @@ class BlockSparseHfQuantizer(HfQuantizer):
         self.quantization_config.format = "dense"
         if self._loaded_packed is not None:
             check_loaded(model, self._loaded_packed)
+            if self.quantization_config.shrink:
+                shrink_(model)
             if self.quantization_config.fuse:
                 fuse_(model)
             return
@@ -180,6 +187,7 @@ class BlockSparseHfQuantizer(HfQuantizer):
                 model,
                 fuse=self.quantization_config.fuse,
                 min_gain=self.quantization_config.min_gain,
+                shrink=self.quantization_config.shrink,
             )
         except NothingToPack as error:
             if not self.pre_quantized:
