@@ -43,8 +43,8 @@ def pack_(
         measures it. 0 packs every layer with zero blocks and asks for no times.
     tokens : rows of the input for these times.
     shrink : first leave out neurons and heads that the result does not need, where the
-        architecture is known. Attention maps then lack these heads; what is saved has
-        them, as zeros.
+        architecture is known. Attention maps then lack these heads; what is saved, and
+        what ``unpack_`` gives, does not.
 
     Raises ``ValueError`` before anything is changed: no layer with zero blocks, weights
     that are not finite, not float32 or not on the CPU, or a wrong option.
@@ -72,7 +72,7 @@ def pack_(
 def unpack_(model: nn.Module) -> nn.Module:
     """Turn every ``BlockSparseLinear`` back into ``nn.Linear``, in place; the model.
 
-    Neurons and heads that ``pack_`` left out are back, as zeros.
+    Neurons and heads that ``pack_`` left out are back.
     """
     unfuse_(model)
     dense: dict[int, nn.Linear] = {}

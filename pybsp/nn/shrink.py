@@ -27,7 +27,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ from ..matrix import BlockSparseMatrix
 from ..reference import block_row_indices
 from .chains import Chain, find_chains, layers, spare
 from .linear import BlockSparseLinear
-from .shrunk import RECORD, Shrunk, expand_state, fold, gather_state
+from .shrunk import RECORD, Shrunk, expand_state, gather_state, tensors_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -82,7 +82,7 @@ def shrink_(
 
 
 def unshrink_(model: nn.Module) -> None:
-    """Give all layers their stock shapes again, with zeros where something was."""
+    """Give all layers their stock shapes again, with what was left out of them."""
     for owner in model.modules():
         record = vars(owner).get(RECORD)
         if record is None:
@@ -91,10 +91,11 @@ def unshrink_(model: nn.Module) -> None:
             handle.remove()
         delattr(owner, RECORD)
         for path, layer in layers(owner, record.chain).items():
-            bias: torch.Tensor | None = layer.bias
-            if bias is not None and path != record.chain.sink:
-                bias = record.expand(path, bias.detach())
-            _resize(owner, path, record.expand(path, layer.weight.detach()), bias)
+            weight = record.put_back(path, "weight", layer.weight.detach())
+            bias = layer.bias
+            if bias is not None:
+                bias = record.put_back(path, "bias", bias.detach())
+            _resize(layer, owner, path, weight, bias)
         for (path, name), value in zip(record.chain.counts, record.counts, strict=True):
             setattr(owner.get_submodule(path), name, value)
 
@@ -206,33 +207,32 @@ def _remove(
     )
     record = Shrunk(chain, kept, counts, handles)
     setattr(owner, RECORD, record)
+    left = record.take(tensors_of(owner, chain), constants)
     for path, layer in layers(owner, chain).items():
-        weight = layer.weight.detach()
-        bias: torch.Tensor | None = layer.bias
-        if path == chain.sink:
-            bias = fold(record, weight, bias, constants)
-        elif bias is not None:
-            bias = record.gather(path, bias.detach())
-        _resize(owner, path, record.gather(path, weight), bias)
+        _resize(layer, owner, path, left[path, "weight"], left.get((path, "bias")))
     for (path, name), value in zip(chain.counts, counts, strict=True):
         setattr(owner.get_submodule(path), name, value * len(kept) // chain.items)
 
 
 def _resize(
-    owner: nn.Module, path: str, weight: torch.Tensor, bias: torch.Tensor | None
+    layer: nn.Linear | BlockSparseLinear,
+    owner: nn.Module,
+    path: str,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
 ) -> None:
     """Give a layer another weight and bias; dense if no zero block is left in it."""
-    layer: Any = owner.get_submodule(path)
-    if bias is not None and bias is not layer.bias:
-        bias = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
+    if bias is not None:
+        trained = layer.bias is not None and layer.bias.requires_grad
+        bias = nn.Parameter(bias, requires_grad=trained)
     if not isinstance(layer, BlockSparseLinear):
         layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
-        layer.bias = bias
+        layer.register_parameter("bias", bias)
         layer.out_features, layer.in_features = weight.shape
         return
     matrix = BlockSparseMatrix.from_dense(weight, layer.block_shape)
     packed = BlockSparseLinear(matrix, activation=layer.activation)
-    packed.bias = bias
+    packed.register_parameter("bias", bias)
     packed.weight_values.requires_grad_(layer.weight_values.requires_grad)
     packed.train(layer.training)
     dense = matrix.density == 1 and packed.activation is None
