@@ -184,7 +184,7 @@ def _facts(
 def _zeros(layer: nn.Linear | BlockSparseLinear, dim: int) -> torch.Tensor:
     """Which rows (``dim`` 0) or columns (1) of the weight are zero."""
     if not isinstance(layer, BlockSparseLinear):
-        return (layer.weight.detach() == 0).all(1 - dim)
+        return layer.weight.detach().abs().amax(1 - dim) == 0
     matrix = layer.matrix
     indices = matrix.col_indices.long()
     if dim == 0:

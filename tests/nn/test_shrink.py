@@ -282,6 +282,34 @@ def test_saved_and_loaded(kind: str, tmp_path: Any) -> None:
     assert config.get("num_attention_heads", HEADS) == HEADS
 
 
+def test_when_all_zeros_go(tmp_path: Any) -> None:
+    """Pruned heads and nothing else: what is left is dense and saved all the same."""
+    model = make("bert")
+    for _, owner, chain in find_chains(model):
+        if chain.kind == "heads":
+            kill(owner, chain, [0, 2], [])
+            with torch.no_grad():
+                for path in chain.sources:
+                    weight = owner.get_parameter(f"{path}.weight")
+                    weight.view(HEADS, -1)[[0, 2]] = 0
+    original = copy.deepcopy(model.state_dict())
+    expected = output(copy.deepcopy(model).double())
+    report = pack_(model, (8, 1), min_gain=0)
+    assert [entry.after for entry in report.removed] == [2, 2]
+    assert report.packed == ()
+    assert {layer.shape for layer in report.layers if "query" in layer.name} == {
+        (HIDDEN // 2, HIDDEN)
+    }
+    pybsp.save_packed(model, tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    for small in (model, loaded):
+        assert_same(output(small), expected)
+        assert_equal(small.state_dict(), original)
+        layer = small.encoder.layer[0].attention.self.query
+        assert type(layer) is nn.Linear
+        assert layer.out_features == HIDDEN // 2
+
+
 def test_a_checkpoint_may_ask_for_all_rows(tmp_path: Any) -> None:
     model = make("bert")
     prune(model, (8, 1))
