@@ -5,7 +5,8 @@ when what it puts there is a constant: a neuron whose row is zero computes
 ``activation(bias)``, a head whose value rows are zero its value bias, because attention
 weights add up to one. Leaving out the first kind changes nothing. Constants go, times
 their columns, into the bias of the projection, computed in float64 and rounded once:
-exact up to that rounding. Without a bias there only the constant zero is spare.
+exact up to that rounding, for inference (dropout would break the sum) and for queries
+that see anything at all. Without a bias there only the constant zero is spare.
 
 What is left must still be made of blocks, and of no more of them than before. Rows of
 ``up`` in one block share their kept columns, so dropping a single row from ``(8, 1)``
