@@ -84,3 +84,61 @@ def pack_tiles(
 def unpack_tiles(
     tiles: int, tokens: int, features: int, y: int, threads: int
 ) -> None: ...
+
+_Linear = tuple[BlockSparsePattern, int, int]
+_Norm = tuple[int, int, float]
+_Table = tuple[int, int]
+
+class SelfAttention:
+    def __init__(
+        self,
+        projections: list[_Linear],
+        output: _Linear,
+        heads: int,
+        scale: float,
+        window: int,
+        cosines: int,
+        sines: int,
+        rotary_positions: int,
+        relative_bias: int,
+        bias_positions: int,
+    ) -> None: ...
+
+class FeedForward:
+    def __init__(
+        self, up: _Linear, activation: int, down: _Linear, gated: bool
+    ) -> None: ...
+
+class EncoderLayer:
+    def __init__(
+        self,
+        attention: SelfAttention,
+        attention_norm: _Norm,
+        feed_forward: FeedForward,
+        feed_forward_norm: _Norm,
+    ) -> None: ...
+
+class Encoder:
+    def __init__(
+        self,
+        features: int,
+        norm_first: bool,
+        layers: list[EncoderLayer],
+        words: _Table,
+        positions: _Table,
+        token_types: _Table,
+        embedding_norm: _Norm,
+        final_norm: _Norm,
+    ) -> None: ...
+    def run(
+        self,
+        batch: int,
+        length: int,
+        ids: int,
+        hidden: int,
+        mask: int,
+        token_types: int,
+        positions: int,
+        y: int,
+        threads: int,
+    ) -> None: ...

@@ -59,20 +59,20 @@ def _embed(
 def _layer(
     layer: Any, x: torch.Tensor, kept: torch.Tensor, norm_first: bool
 ) -> torch.Tensor:
-    parts = (
-        (lambda h: _attention(layer.attention, h, kept), layer.attention_norm),
-        (lambda h: _feed_forward(layer.feed_forward, h), layer.feed_forward_norm),
-    )
-    for part, norm in parts:
-        x = x + part(_norm(norm, x)) if norm_first else _norm(norm, x + part(x))
-    return x
+    first, second = layer.attention_norm, layer.feed_forward_norm
+    if norm_first:
+        x = x + _attention(layer.attention, _norm(first, x), kept)
+        return x + _feed_forward(layer.feed_forward, _norm(second, x))
+    x = _norm(first, x + _attention(layer.attention, x, kept))
+    return _norm(second, x + _feed_forward(layer.feed_forward, x))
 
 
 def _attention(spec: Any, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     outputs = [_linear(projection, x) for projection in spec.projections]
     query, key, value = outputs if len(outputs) == 3 else outputs[0].chunk(3, -1)
     q, k, v = (
-        h.unflatten(-1, (spec.heads, -1)).transpose(1, 2) for h in (query, key, value)
+        h.view(*h.shape[:-1], spec.heads, -1).transpose(1, 2)
+        for h in (query, key, value)
     )
     if spec.cos is not None:
         q, k = (_rotate(h, spec.cos, spec.sin) for h in (q, k))

@@ -23,6 +23,8 @@ PROMISED = {
 }  # fmt: skip
 #: Sources whose tests are named after something else.
 TESTED_IN = {
+    "ops/encoder": "kernels/test_encoder.py",
+    "ops/encoder_spec": "kernels/test_encoder.py",
     "ops/fields": "test_ops.py",
     "ops/gradients": "kernels/test_block_sparse_grad.py",
     "ops/linear": "test_ops.py",

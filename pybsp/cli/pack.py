@@ -41,7 +41,9 @@ def run(arguments: argparse.Namespace) -> Result:
 
     model = checkpoints.load_dense(folder)
     try:
-        report = pack_(model, arguments.block_shape, min_gain=0, fuse=False)
+        report = pack_(
+            model, arguments.block_shape, min_gain=0, fuse=False, shrink=False
+        )
         out.parent.mkdir(parents=True, exist_ok=True)
         file = save_packed(model, out)
     except ValueError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -62,15 +62,11 @@ def check_record(
 
 def prepare_layers(
     model: nn.Module, layers: dict[str, PackedLayer], file: Path
-) -> list[BlockSparseLinear]:
-    """Put unloaded packed layers where ``layers`` of the checkpoint ``file`` belong.
-
-    Returns those whose values the file has as ``(nnz, c, r)``, which transformers
-    leaves so: ``finish_layers`` wants them.
-    """
+) -> None:
+    """Put unloaded packed layers where ``layers`` of the checkpoint ``file`` belong."""
     modules = dict(model.named_modules(remove_duplicate=False))
     prefix = getattr(model, "base_model_prefix", "") + "."
-    replaced, column_major = 0, []
+    replaced = 0
     for layer in layers.values():
         # A head model may load what a base model saved, and the other way round.
         candidates = (layer.name, prefix + layer.name, layer.name.removeprefix(prefix))
@@ -89,10 +85,9 @@ def prepare_layers(
                 f"{layer.block_shape}, which does not fit {linear} of this model: "
                 "config.json and the file are not from the same save"
             )
-        packed = BlockSparseLinear.on_meta(linear, layer.block_shape, layer.nnz)
-        if layer.column_major:
-            packed.weight_values.data = packed.weight_values.data.transpose(1, 2)
-            column_major.append(packed)
+        packed = BlockSparseLinear.on_meta(
+            linear, layer.block_shape, layer.nnz, layer.column_major
+        )
         model.set_submodule(name, packed)
         replaced += 1
     if not replaced:
@@ -100,15 +95,10 @@ def prepare_layers(
             f"none of the {len(layers)} packed layers in {file} exists in "
             f"{type(model).__name__}: load it with the class it was saved from"
         )
-    return column_major
 
 
-def finish_layers(
-    model: nn.Module, column_major: Iterable[BlockSparseLinear], file: Path
-) -> None:
+def finish_layers(model: nn.Module, file: Path) -> None:
     """Check what was loaded into packed layers; ``ValueError`` names file and layer."""
-    for layer in column_major:
-        layer.weight_values.data = layer.weight_values.data.transpose(1, 2)
     for name, module in model.named_modules():
         if isinstance(module, BlockSparseLinear):
             # Values stay in the mapped file. The kernels rely on the indices being as

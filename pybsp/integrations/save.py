@@ -19,6 +19,7 @@ from torch import nn
 from ..matrix import BlockSparseMatrix
 from ..nn.linear import FIELDS, BlockSparseLinear
 from ..nn.plan import plan_packing
+from ..nn.shrink import stock_shapes, unshrunk
 from .packed_file import (
     FORMAT_VERSION,
     PACKED_FILE,
@@ -62,6 +63,7 @@ def save_packed(model: nn.Module, path: str | Path, dense: bool = True) -> Path:
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"path must be a directory; {path} is a file")
+    model = unshrunk(model)
     matrices = packed_matrices(model)
     tensors = packed_state_dict(model, matrices)
     record = packing_record(model, matrices)
@@ -148,7 +150,9 @@ def packing_record(
         }
     shapes = {name: matrix.block_shape for name, matrix in matrices.items()}
     modules.update({name: list(shape) for name, shape in shapes.items()})
-    total = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices.values())
+    stock = stock_shapes(model)
+    sizes = [stock.get(name, matrix.shape) for name, matrix in matrices.items()]
+    total = sum(rows * cols for rows, cols in sizes)
     kept = sum(matrix.values.numel() for matrix in matrices.values())
     usual = Counter(shapes.values()).most_common(1)[0][0]
     return {

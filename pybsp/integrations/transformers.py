@@ -29,6 +29,7 @@ from ..nn.fuse import fuse_
 from ..nn.linear import BlockSparseLinear
 from ..nn.plan import NothingToPack
 from ..nn.report import EncoderReport
+from ..nn.shrink import shrink_
 from .loading import (
     check_record,
     finish_layers,
@@ -63,7 +64,7 @@ class BlockSparseConfig(QuantizationConfigMixin):
     block_shape : ``(out, in)`` for layers that ``modules`` does not name; None detects.
     modules : block shape of each pruned layer by name.
     format : ``"dense"`` or ``"packed"``: which file holds the weights.
-    min_gain, fuse : as for ``pybsp.pack_``, for a dense checkpoint packed on loading.
+    min_gain, fuse, shrink : as for ``pybsp.pack_``, for what happens on loading.
 
     Other entries, such as ``sparsity``, are kept and written again.
     """
@@ -75,6 +76,7 @@ class BlockSparseConfig(QuantizationConfigMixin):
         format: str = "dense",
         min_gain: float = 1.0,
         fuse: bool = True,
+        shrink: bool = True,
         **notes: Any,
     ) -> None:
         if format not in ("dense", "packed"):
@@ -105,6 +107,7 @@ class BlockSparseConfig(QuantizationConfigMixin):
         self.modules = {k: check_block_shape(v) for k, v in (modules or {}).items()}
         self.min_gain = min_gain
         self.fuse = fuse
+        self.shrink = shrink
         self.notes = {"format_version": FORMAT_VERSION, **notes}
 
     def to_dict(self) -> dict[str, Any]:
@@ -120,6 +123,8 @@ class BlockSparseConfig(QuantizationConfigMixin):
             record["min_gain"] = self.min_gain
         if not self.fuse:
             record["fuse"] = False
+        if not self.shrink:
+            record["shrink"] = False
         return record
 
 
@@ -132,7 +137,6 @@ class BlockSparseHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: BlockSparseConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._loaded_packed: Path | None = None
-        self._column_major: list[BlockSparseLinear] = []
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype not in (None, torch.float32):
@@ -165,7 +169,7 @@ class BlockSparseHfQuantizer(HfQuantizer):
         if files[0].name == PACKED_FILE:
             check_record(self.quantization_config.modules, layers, files[0])
         if layers:
-            self._column_major = prepare_layers(model, layers, files[0])
+            prepare_layers(model, layers, files[0])
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
         model_config: Any = model.config
@@ -174,8 +178,9 @@ class BlockSparseHfQuantizer(HfQuantizer):
         # From here on the stock save_pretrained writes the dense form.
         self.quantization_config.format = "dense"
         if self._loaded_packed is not None:
-            finish_layers(model, self._column_major, self._loaded_packed)
-            self._column_major = []
+            finish_layers(model, self._loaded_packed)
+            if self.quantization_config.shrink:
+                shrink_(model)
             if self.quantization_config.fuse:
                 fuse_(model)
                 tell_encoders(fuse_encoders_(model))
@@ -185,6 +190,7 @@ class BlockSparseHfQuantizer(HfQuantizer):
                 model,
                 fuse=self.quantization_config.fuse,
                 min_gain=self.quantization_config.min_gain,
+                shrink=self.quantization_config.shrink,
             )
         except NothingToPack as error:
             if not self.pre_quantized:

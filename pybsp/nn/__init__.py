@@ -3,6 +3,7 @@
 from .linear import BlockSparseLinear
 from .pack import pack_, unpack_
 from .report import EncoderReport, LayerReport, PackReport
+from .shrink import Removed
 from .training import PackedTraining, pack_for_training_
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "LayerReport",
     "PackReport",
     "PackedTraining",
+    "Removed",
     "pack_",
     "pack_for_training_",
     "unpack_",

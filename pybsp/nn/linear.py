@@ -29,6 +29,7 @@ class BlockSparseLinear(nn.Module):
     weight_crow_indices: torch.Tensor
     weight_col_indices: torch.Tensor
     bias: nn.Parameter | None
+    _column_major = False
 
     def __init__(
         self,
@@ -56,10 +57,12 @@ class BlockSparseLinear(nn.Module):
         linear: nn.Linear,
         block_shape: BlockShape,
         nnz: int,
+        column_major: bool = False,
     ) -> BlockSparseLinear:
         """A layer in place of ``linear`` whose ``nnz`` blocks are still to be loaded.
 
         The fields are on the meta device; the bias is the one of ``linear`` itself.
+        ``column_major``: the values come as ``(nnz, c, r)``, until they are first used.
         """
         rows, cols = block_shape
         layer = cls.__new__(cls)
@@ -67,7 +70,9 @@ class BlockSparseLinear(nn.Module):
         layer.out_features, layer.in_features = linear.out_features, linear.in_features
         layer.block_shape = block_shape
         layer.activation = None
-        layer.weight_values = nn.Parameter(torch.empty(nnz, rows, cols, device="meta"))
+        sizes = (nnz, cols, rows) if column_major else (nnz, rows, cols)
+        layer.weight_values = nn.Parameter(torch.empty(sizes, device="meta"))
+        layer._column_major = column_major
         for name, size in zip(
             FIELDS[1:], (linear.out_features // rows + 1, nnz), strict=True
         ):
@@ -162,6 +167,8 @@ class BlockSparseLinear(nn.Module):
 
     def _bind(self) -> BlockSparseMatrix:
         values = self.weight_values
+        if self._column_major:
+            values.data, self._column_major = values.data.transpose(1, 2), False
         if isinstance(values, nn.Parameter):
             values.data = ops.column_major_blocks(values.data)
         matrix = BlockSparseMatrix(

@@ -12,8 +12,9 @@ from ..costs import expected_cost
 from .encoder import fuse_encoders_, unfuse_encoders_
 from .fuse import fuse_, unfuse_
 from .linear import BlockSparseLinear
-from .plan import LayerPlan, plan_packing
+from .plan import LayerPlan, plan_packing, planned_block_shapes
 from .report import PackReport
+from .shrink import Removed, shrink_, unshrink_
 
 #: Called with the model after ``pack_`` or ``unpack_`` changed it, by name.
 listeners: dict[str, Callable[[nn.Module], None]] = {}
@@ -26,6 +27,7 @@ def pack_(
     fuse: bool = True,
     min_gain: float = 1.0,
     tokens: int = 128,
+    shrink: bool = True,
 ) -> PackReport:
     """Replace, in place, every ``nn.Linear`` with zero blocks where that is faster.
 
@@ -42,12 +44,19 @@ def pack_(
         times faster on this CPU, as ``pybsp.costs`` predicts it or, where it is close,
         measures it. 0 packs every layer with zero blocks and asks for no times.
     tokens : rows of the input for these times.
+    shrink : first leave out neurons and heads that the result does not need, where the
+        architecture is known. Attention maps then lack these heads; what is saved, and
+        what ``unpack_`` gives, does not.
 
     Raises ``ValueError`` before anything is changed: no layer with zero blocks, weights
     that are not finite, not float32 or not on the CPU, or a wrong option.
     """
     _check_options(model, dtype, min_gain, tokens)
     plans = plan_packing(model, block_shape)
+    removed: list[Removed] = []
+    if shrink:
+        removed = shrink_(model, planned_block_shapes(plans))
+        plans = [plan.again(model) for plan in plans] if removed else plans
     plans = [_decide(plan, min_gain, tokens) for plan in plans]
     shared: dict[int, BlockSparseLinear] = {}
     for plan in plans:
@@ -59,11 +68,14 @@ def pack_(
     encoders = fuse_encoders_(model) if fuse else ()
     _tell(model)
     layers = tuple(plan.report for plan in plans)
-    return PackReport(layers, tokens, tuple(fused), encoders)
+    return PackReport(layers, tokens, tuple(fused), encoders, tuple(removed))
 
 
 def unpack_(model: nn.Module) -> nn.Module:
-    """Turn every ``BlockSparseLinear`` back into ``nn.Linear``, in place; the model."""
+    """Turn every ``BlockSparseLinear`` back into ``nn.Linear``, in place; the model.
+
+    Neurons and heads that ``pack_`` left out are back.
+    """
     unfuse_encoders_(model)
     unfuse_(model)
     dense: dict[int, nn.Linear] = {}
@@ -76,6 +88,7 @@ def unpack_(model: nn.Module) -> nn.Module:
         if id(module) not in dense:
             dense[id(module)] = module.to_linear()
         model.set_submodule(name, dense[id(module)])
+    unshrink_(model)
     _tell(model)
     return model
 

@@ -46,6 +46,22 @@ class LayerPlan:
         assert self.report.block_shape is not None
         return BlockSparseMatrix.from_dense(self.linear.weight, self.report.block_shape)
 
+    def again(self, model: nn.Module) -> LayerPlan:
+        """The plan for the layer as it is after ``shrink_``, in the same blocks."""
+        layer = model.get_submodule(self.names[0])
+        if isinstance(layer, BlockSparseLinear):
+            report = _report_packed(self.names[0], layer)
+            return replace(self, report=report, packed=layer)
+        assert isinstance(layer, nn.Linear)
+        if layer is self.linear and self.report.shape == tuple(layer.weight.shape):
+            return self
+        if self.report.packed:
+            report = _inspect(self.names[0], layer, self.report.block_shape)
+        else:
+            report = _report_dense(self.names[0], layer)
+            report = replace(report, reason=self.report.reason)
+        return replace(self, linear=layer, report=report, packed=None)
+
     def build(self, shared: dict[int, BlockSparseLinear]) -> BlockSparseLinear:
         """The packed layer; weights shared between linears stay shared."""
         assert self.linear is not None
@@ -89,6 +105,16 @@ def plan_packing(
     if not any(plan.report.packed for plan in plans):
         raise NothingToPack(_nothing_found(model, plans, block_shape))
     return plans
+
+
+def planned_block_shapes(plans: list[LayerPlan]) -> dict[str, BlockShape]:
+    """By the names of the layers that are to be packed."""
+    return {
+        name: plan.report.block_shape
+        for plan in plans
+        if plan.report.packed and plan.report.block_shape is not None
+        for name in plan.names
+    }
 
 
 def recorded_block_shapes(model: nn.Module) -> Callable[[str], BlockShapeSpec | None]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..blocks import BlockShape
+from .shrink import Removed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,14 +56,16 @@ class EncoderReport:
 class PackReport:
     """Every linear layer that ``pack_`` looked at; ``str()`` gives a table.
 
-    ``fused`` names the packed layers that compute the activation after them, and
-    ``encoders`` the base models found, with what runs them.
+    ``fused`` names the packed layers that compute the activation after them,
+    ``encoders`` the base models found, with what runs them, and ``removed`` the modules
+    that have fewer neurons or heads now.
     """
 
     layers: tuple[LayerReport, ...]
     tokens: int
     fused: tuple[str, ...] = field(default=())
     encoders: tuple[EncoderReport, ...] = field(default=())
+    removed: tuple[Removed, ...] = field(default=())
 
     @property
     def packed(self) -> tuple[LayerReport, ...]:
@@ -98,6 +101,7 @@ class PackReport:
             "tokens": self.tokens,
             "fused": list(self.fused),
             "encoders": [asdict(encoder) for encoder in self.encoders],
+            "removed": [asdict(entry) for entry in self.removed],
             "layers_packed": len(self.packed),
             "dense_bytes": self.dense_bytes,
             "packed_bytes": self.packed_bytes,
@@ -138,6 +142,10 @@ class PackReport:
             f"{len(self.packed)} of {len(self.layers)} linear layers packed, "
             f"{self.dense_bytes / 1e6:.2f} -> {self.packed_bytes / 1e6:.2f} MB "
             f"({ratio:.2f}x); times for {self.tokens} tokens"
+            + "".join(
+                f"\n{entry.name}: {entry.after} of {entry.before} {entry.kind} left"
+                for entry in self.removed
+            )
         )
         return "\n".join((layers, *map(str, self.encoders)))
 

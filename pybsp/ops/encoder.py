@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ import torch
 from .. import _core
 from .encoder_spec import (
     AttentionSpec,
-    EmbeddingsSpec,
     EncoderSpec,
     FeedForwardSpec,
     LayerSpec,
@@ -31,19 +29,26 @@ class Encoder:
     def __init__(self, spec: EncoderSpec) -> None:
         self.spec = spec
         self._kept: list[Any] = []
-        none = (0, 0)
-        embeddings = spec.embeddings
-        tables = (
-            [none] * 3
-            if embeddings is None
-            else [self._table(name, table) for name, table in _tables(embeddings)]
+        first = spec.embeddings
+        words, positions, token_types, norm = (
+            (None, None, None, None)
+            if first is None
+            else (first.words, first.positions, first.token_types, first.norm)
         )
-        layers = [self._layer(f"layer {i}", one) for i, one in enumerate(spec.layers)]
         self._native = _core.Encoder(
-            spec.features, spec.norm_first, layers, *tables,
-            self._norm("embeddings", None if embeddings is None else embeddings.norm),
-            self._norm("final norm", spec.final_norm),
-        )  # fmt: skip
+            spec.features,
+            spec.norm_first,
+            [self._layer(f"layer {i}", layer) for i, layer in enumerate(spec.layers)],
+            self._table("words", words),
+            self._table("positions", positions),
+            self._table("token types", token_types),
+            self._norm("the embeddings", norm),
+            self._norm("the result", spec.final_norm),
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy computes with the tensors of its own specification.
+        return type(self), (self.spec,)
 
     def __call__(
         self,
@@ -68,26 +73,14 @@ class Encoder:
         ``IndexError`` for a row that a table does not have.
         """
         spec = self.spec
-        source = ids if spec.embeddings is not None else hidden
-        if source is None or (ids is None) == (hidden is None):
-            wanted = "hidden" if spec.embeddings is None else "ids"
-            raise ValueError(
-                f"this encoder {'starts from hidden states' if spec.embeddings is None else 'has embeddings'}"  # noqa: E501
-                f": give {wanted} and not the other"
-            )
-        batch, length = source.shape[:2]
-        if hidden is not None:
-            wanted_shape: tuple[int, ...] = (batch, length, spec.features)
-            source = _checked("hidden", hidden, torch.float32, wanted_shape)
+        if spec.embeddings is None:
+            source = _input("hidden", hidden, "ids", ids, torch.float32)
+            batch, length = _sizes("hidden", source, (spec.features,))
         else:
-            source = _checked("ids", source, torch.int64, (batch, length))
+            source = _input("ids", ids, "hidden", hidden, torch.int64)
+            batch, length = _sizes("ids", source, ())
         if mask is not None:
-            if mask.shape != (batch, length):
-                raise ValueError(
-                    f"mask has shape {tuple(mask.shape)}; it must be (batch, length) = "
-                    f"({batch}, {length})"
-                )
-            mask = mask.ne(0).contiguous()
+            mask = _checked("mask", mask, mask.dtype, (batch, length)).ne(0)
         token_types, positions = (
             None if rows is None else _checked(name, rows, torch.int64, (batch, length))
             for name, rows in (("token_types", token_types), ("positions", positions))
@@ -96,7 +89,8 @@ class Encoder:
         address = source.data_ptr()
         self._native.run(
             batch, length,
-            address if ids is not None else 0, address if ids is None else 0,
+            0 if spec.embeddings is None else address,
+            address if spec.embeddings is None else 0,
             0 if mask is None else mask.data_ptr(),
             0 if token_types is None else token_types.data_ptr(),
             0 if positions is None else positions.data_ptr(),
@@ -211,10 +205,27 @@ class Encoder:
         return tensor.data_ptr()
 
 
-def _tables(spec: EmbeddingsSpec) -> Iterator[tuple[str, torch.Tensor | None]]:
-    yield "words", spec.words
-    yield "positions", spec.positions
-    yield "token types", spec.token_types
+def _input(
+    name: str,
+    given: torch.Tensor | None,
+    other_name: str,
+    other: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    if given is None or other is not None:
+        raise ValueError(
+            f"this encoder starts from {name}: give {name} and not {other_name}"
+        )
+    return _checked(name, given, dtype, tuple(given.shape))
+
+
+def _sizes(name: str, tensor: torch.Tensor, rest: tuple[int, ...]) -> tuple[int, int]:
+    if tensor.dim() != 2 + len(rest) or tuple(tensor.shape[2:]) != rest:
+        wanted = ", ".join(["batch", "length", *map(str, rest)])
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; it must be ({wanted})"
+        )
+    return tensor.shape[0], tensor.shape[1]
 
 
 def _shape(spec: LinearSpec) -> tuple[int, int]:

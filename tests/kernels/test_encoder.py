@@ -1,0 +1,302 @@
+"""``ops.Encoder`` against its twin in float64, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from encoders import assert_rounding
+from helpers import block_sparse_weight, same_bits
+
+from pybsp import BlockSparseMatrix, ops, reference_encoder
+
+FEATURES, WORDS, POSITIONS = 48, 60, 600
+
+
+def linear(out, features, block_shape, bias=True):
+    dense = block_shape is None
+    weight = torch.randn(out, features) if dense else None
+    if not dense:
+        weight = block_sparse_weight((out, features), block_shape, 0.4, seed=out)
+        weight = BlockSparseMatrix.from_dense(weight, block_shape)
+    offset = torch.randn(out) * 0.1 if bias else None
+    return ops.LinearSpec(weight, offset)
+
+
+def norm(bias=True):
+    offset = torch.randn(FEATURES) * 0.1 if bias else None
+    return ops.NormSpec(1 + 0.1 * torch.randn(FEATURES), offset, 1e-5)
+
+
+def spec(
+    *, block_shape=(8, 1), heads=4, width=FEATURES, inner=80, layers=2, first=False,
+    one=False, gated=False, window=None, rotary=False, bias=False, embeddings=True,
+    activation="gelu", offsets=True,
+):  # fmt: skip
+    """Every option of the specification."""
+
+    def attention(number):
+        outs = [3 * width] if one else [width] * 3
+        table = torch.rand(POSITIONS, width // heads // 2) * 6
+        return ops.AttentionSpec(
+            tuple(linear(out, FEATURES, block_shape, offsets) for out in outs),
+            linear(FEATURES, width, block_shape, offsets),
+            heads,
+            0.3,
+            window if number % 2 == 0 else None,
+            table.cos() if rotary else None,
+            table.sin() if rotary else None,
+            torch.randn(heads, 2 * POSITIONS - 1) if bias else None,
+        )
+
+    def layer(number):
+        up = linear((2 if gated else 1) * inner, FEATURES, block_shape, offsets)
+        down = linear(FEATURES, inner, block_shape, offsets)
+        return ops.LayerSpec(
+            attention(number),
+            None if first and number == 0 else norm(offsets),
+            ops.FeedForwardSpec(up, activation, down, gated),
+            norm(offsets),
+        )
+
+    tables = ops.EmbeddingsSpec(
+        torch.randn(WORDS, FEATURES),
+        None if rotary else torch.randn(POSITIONS, FEATURES),
+        None if rotary else torch.randn(2, FEATURES),
+        norm(),
+    )
+    return ops.EncoderSpec(
+        FEATURES,
+        tuple(layer(number) for number in range(layers)),
+        first,
+        tables if embeddings else None,
+        norm() if first else None,
+    )
+
+
+KINDS = {
+    "bert": {},
+    "dense": {"block_shape": None, "activation": "relu"},
+    "row-blocks": {"block_shape": (1, 16), "activation": "gelu_tanh"},
+    "square": {"block_shape": (16, 16), "activation": "silu"},
+    "norm-first": {"first": True, "embeddings": False},
+    "modern": {
+        "first": True, "one": True, "gated": True, "window": 7, "rotary": True,
+        "offsets": False,
+    },
+    "relative": {"bias": True, "heads": 3, "window": 11},
+    "narrow": {"heads": 5, "width": 40},
+    "one-head": {"heads": 1, "layers": 1},
+}  # fmt: skip
+
+
+def padding(batch, length):
+    """Padded at the end, at the beginning, in holes, not at all, and wholly."""
+    mask = torch.ones(batch, length, dtype=torch.long)
+    for row in range(batch):
+        cut = int(torch.randint(1, length + 1, ()))
+        if row % 5 == 1:
+            mask[row, cut:] = 0
+        elif row % 5 == 2:
+            mask[row, : length - cut] = 0
+        elif row % 5 == 3:
+            mask[row] = torch.rand(length) < 0.6
+        elif row % 5 == 4:
+            mask[row] = 0
+    return mask
+
+
+def inputs(one, batch, length):
+    if one.embeddings is None:
+        return {"hidden": torch.randn(batch, length, FEATURES)}
+    return {
+        "ids": torch.randint(0, WORDS, (batch, length)),
+        "token_types": torch.randint(0, 2, (batch, length)),
+        "positions": torch.randint(0, POSITIONS, (batch, length)),
+    }
+
+
+def check(one, batch, length, what=""):
+    given = {**inputs(one, batch, length), "mask": padding(batch, length)}
+    found = ops.Encoder(one)(**given)
+    kept = given["mask"].bool()
+    assert found.dtype == torch.float32
+    assert not found[~kept].any()
+    twins = [
+        reference_encoder.encoder(one, **given, dtype=dtype)[kept]
+        for dtype in (torch.float32, torch.float64)
+    ]
+    if kept.any():
+        assert_rounding(found[kept], *twins, what)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_twin(kind, isa):
+    one = spec(**KINDS[kind])
+    for batch, length in [(1, 1), (3, 2), (6, 17), (2, 48), (5, 50), (1, 128)]:
+        check(one, batch, length, f"{isa} {kind} {batch} x {length}")
+
+
+@pytest.mark.parametrize("kind", ["bert", "modern", "relative"])
+def test_long_sequences_and_many(kind, isa):
+    one = spec(**KINDS[kind])
+    check(one, 1, 512, f"{isa} {kind}")
+    check(one, 130, 9, f"{isa} {kind}")
+
+
+def test_a_sequence_has_the_same_bits_in_any_company_on_any_threads(isa):
+    one = ops.Encoder(spec(bias=True, window=20))
+    lengths = torch.randint(1, 60, (23,))
+    mask = (torch.arange(60)[None] < lengths[:, None]).long()
+    ids = torch.randint(0, WORDS, (23, 60))
+    torch.set_num_threads(1)
+    expected = one(ids, mask=mask)
+    for count in (2, 3, 8):
+        torch.set_num_threads(count)
+        assert same_bits(one(ids, mask=mask), expected), count
+        for row in (0, 7, 22):
+            alone = one(ids[row : row + 1], mask=mask[row : row + 1])
+            assert same_bits(alone[0], expected[row]), (isa, count, row)
+            cut = one(ids[row : row + 1, : lengths[row]])
+            assert same_bits(cut[0], expected[row, : lengths[row]])
+
+
+def test_threads_of_python_do_not_meet():
+    encoders = [ops.Encoder(spec()), ops.Encoder(spec(first=True, width=96))]
+    requests = [torch.randint(0, WORDS, (b, n)) for b in (1, 3, 9) for n in (1, 30, 90)]
+    work = [(one, ids) for one in encoders for ids in requests] * 4
+    expected = [one(ids) for one, ids in work]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda one: one[0](one[1]), work)
+        assert all(map(same_bits, found, expected))
+
+
+def test_weights_are_used_where_they_lie():
+    one = spec(block_shape=None)
+    encoder = ops.Encoder(one)
+    ids = torch.randint(0, WORDS, (2, 9))
+    before = encoder(ids)
+    one.layers[0].feed_forward.up.weight.mul_(0.5)
+    after = encoder(ids)
+    assert not torch.equal(before, after)
+    expected = [
+        reference_encoder.encoder(one, ids, dtype=d)
+        for d in (torch.float32, torch.float64)
+    ]
+    assert_rounding(after, *expected)
+
+
+def test_defaults_of_types_and_positions():
+    encoder = ops.Encoder(spec())
+    ids = torch.randint(0, WORDS, (3, 20))
+    places = torch.arange(20).expand(3, 20)
+    explicit = encoder(ids, None, torch.ones(3, 20), torch.zeros_like(ids), places)
+    assert same_bits(encoder(ids), explicit)
+    assert same_bits(encoder(ids.t().contiguous().t()), explicit)
+
+
+def test_infinite_and_nan_states_stay_in_their_sequence():
+    hidden = torch.randn(3, 20, FEATURES)
+    encoder = ops.Encoder(spec(embeddings=False))
+    clean = encoder(hidden=hidden)
+    hidden[1, 3, 5] = torch.nan
+    found = encoder(hidden=hidden)
+    assert found[1].isnan().all()
+    assert same_bits(found[[0, 2]], clean[[0, 2]])
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
+def test_nothing_to_do(shape):
+    found = ops.Encoder(spec())(torch.zeros(shape, dtype=torch.long))
+    assert found.shape == (*shape, FEATURES)
+
+
+def test_rows_that_a_table_does_not_have():
+    encoder, ids = ops.Encoder(spec()), torch.zeros(2, 5, dtype=torch.long)
+    wrong = {
+        "ids holds 60 and the table of words has 60 rows": {"ids": ids + WORDS},
+        "ids holds -1 and": {"ids": ids - 1},
+        "token_types holds 2 and": {"ids": ids, "token_types": ids + 2},
+        "positions holds 600 and": {"ids": ids, "positions": ids + POSITIONS},
+        "a row holds 601 tokens and the positions reach to 600": {
+            "ids": torch.zeros(1, 601, dtype=torch.long)
+        },
+    }
+    for message, given in wrong.items():
+        with pytest.raises(IndexError, match=message):
+            encoder(**given)
+    # What is padding is not looked up.
+    encoder(ids + WORDS, mask=torch.zeros(2, 5))
+    rotated = ops.Encoder(spec(rotary=True))
+    with pytest.raises(IndexError, match="the rotations reach to 600"):
+        rotated(torch.zeros(1, 601, dtype=torch.long))
+    biased = ops.Encoder(spec(bias=True, embeddings=False))
+    with pytest.raises(IndexError, match="the relative positions reach to 600"):
+        biased(hidden=torch.zeros(1, 601, FEATURES))
+
+
+def test_wrong_inputs():
+    encoder, ids = ops.Encoder(spec()), torch.zeros(2, 5, dtype=torch.long)
+    for error, message, given in [
+        (TypeError, "ids must be torch.int64; got torch.int32", {"ids": ids.int()}),
+        (ValueError, "give ids", {"hidden": torch.zeros(2, 5, FEATURES)}),
+        (ValueError, "give ids", {}),
+        (ValueError, r"mask has shape \(2, 4\)", {"ids": ids, "mask": ids[:, 1:]}),
+        (ValueError, "positions has shape", {"ids": ids, "positions": ids[0]}),
+        (ValueError, "ids is on meta", {"ids": ids.to("meta")}),
+        (ValueError, "mask is on meta", {"ids": ids, "mask": ids.to("meta")}),
+        (ValueError, r"ids has shape \(5,\)", {"ids": ids[0]}),
+    ]:
+        with pytest.raises(error, match=message):
+            encoder(**given)
+    states = ops.Encoder(spec(embeddings=False))
+    with pytest.raises(ValueError, match=r"hidden has shape \(2, 5, 3\)"):
+        states(hidden=torch.zeros(2, 5, 3))
+    with pytest.raises(ValueError, match="give hidden"):
+        states(ids)
+
+
+def changed(part, **fields):
+    one = spec()
+    layer = one.layers[1]
+    layer = replace(layer, **{part: replace(getattr(layer, part), **fields)})
+    return replace(one, layers=(one.layers[0], layer))
+
+
+def test_parts_that_do_not_fit():
+    wide = torch.randn(FEATURES, FEATURES + 1)
+    for error, message, build in [
+        (ValueError, "7 heads do not divide its width, 48",
+         lambda: changed("attention", heads=7)),
+        (ValueError, "the attention of layer 1 has 2 projections",
+         lambda: changed("attention", projections=(ops.LinearSpec(wide),) * 2)),
+        (ValueError, r"a weight has shape \(48, 49\)",
+         lambda: changed("attention", projections=(ops.LinearSpec(wide),) * 3)),
+        (ValueError, "give both cos and sin", lambda: changed("attention", cos=wide)),
+        (ValueError, "window must be 0 or more; got -2",
+         lambda: changed("attention", window=-2)),
+        (ValueError, "relative_bias has shape",
+         lambda: changed("attention", relative_bias=torch.zeros(3, 9))),
+        (ValueError, "activation must be one of",
+         lambda: changed("feed_forward", activation="tanh")),
+        (ValueError, "the norm of the attention of layer 1 has shape",
+         lambda: changed("attention_norm", weight=torch.ones(3))),
+        (TypeError, "must be torch.float32; got torch.float64",
+         lambda: changed("attention_norm", weight=torch.ones(FEATURES).double())),
+        (ValueError, "the tensor must be contiguous",
+         lambda: changed("attention_norm", weight=torch.ones(2 * FEATURES)[::2])),
+    ]:  # fmt: skip
+        with pytest.raises(error, match=message):
+            ops.Encoder(build())
+
+
+def test_a_copy_computes_with_its_own_weights():
+    one = ops.Encoder(spec(block_shape=None))
+    other, ids = copy.deepcopy(one), torch.randint(0, WORDS, (2, 9))
+    expected = one(ids)
+    one.spec.layers[0].feed_forward.up.weight.zero_()
+    assert same_bits(other(ids), expected)
+    assert not torch.equal(one(ids), expected)
