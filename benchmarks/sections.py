@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import (
-    bert_base,
     block_sparse_linear,
     block_sparse_linears,
     break_even,
@@ -17,6 +16,7 @@ from benchmarks import (
     threads,
     tokens,
     training_ops,
+    whole_encoder,
     work,
 )
 from benchmarks.section import Options, Section, every_column, reach
@@ -52,7 +52,7 @@ SECTIONS: tuple[Section, ...] = (
     block_sparse_linear.SECTION,
     block_sparse_linears.SECTION,
     every_peer.SECTION,
-    bert_base.SECTION,
+    whole_encoder.SECTION,
     few_tokens.SECTION,
     break_even.SECTION,
     work.SECTION,

@@ -89,29 +89,6 @@ def accuracy() -> str:
     return markdown(head, rows)
 
 
-def summary() -> str:
-    """The README's view of the same runs: what went in, what came out, how fast."""
-    timed, rows = latencies(), []
-    for run in sorted(load("accuracy/*.json"), key=order):
-        times = timed.get(run["run"], run["latency"])["candidates"]
-        packed = times["packed"]["median_ms"]
-        rows.append(
-            [
-                f"{run['task']['name']} ({metric_names(run)})",
-                f"{run['sparsity']['reached']:.0%}",
-                block_text(run),
-                score(run, "dense"),
-                score(run, "final"),
-                f"{run['files']['encoder_ratio']:.3f}x",
-                f"**{times['dense']['median_ms'] / packed:.2f}x**",
-                f"{times['onnxruntime']['median_ms'] / packed:.2f}x",
-            ]
-        )
-    head = ["task", "sparsity", "block", "dense", "pruned", "encoder bytes",
-            "faster than torch", "than ONNX Runtime"]  # fmt: skip
-    return markdown(head, rows)
-
-
 def linear() -> str:
     """One BERT-base layer at 80 %, by block shape and tokens."""
     rows = [
@@ -227,7 +204,6 @@ def penalty() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
-    "summary": summary,
     "linear": linear,
     "hook": hook,
     "penalty": penalty,

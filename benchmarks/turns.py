@@ -2,11 +2,13 @@
 
 A turn is one untimed call, which brings the candidate's weights and code back into the
 caches, and then enough timed calls for a fifth of a millisecond. Calls longer than
-``LONG`` go without the first: their weights exceed L2 or their time hides it.
+``LONG`` go without the first unless asked for: their weights exceed L2 or their time
+hides it.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -55,29 +57,33 @@ def take_turns(
     seconds: float = 0.3,
     min_rounds: int = 5,
     max_rounds: int = 50,
+    always_warm: bool = False,
 ) -> Rounds:
     """Rounds of one turn each, A B C A B C ..., for about ``seconds`` in all.
 
     Two rounds come first: they allocate, and they give the length of the turns and the
     number of rounds.
     """
-    first = {name: _turn(call, 0.0) for name, call in calls.items()}
+    long = math.inf if always_warm else LONG
+    first = {name: _turn(call, 0.0, long) for name, call in calls.items()}
     started = time.perf_counter()
-    lengths = {name: _turn(call, first[name]) for name, call in calls.items()}
+    lengths = {name: _turn(call, first[name], long) for name, call in calls.items()}
     one_round = max(time.perf_counter() - started, 1e-9)
     rounds = int(min(max(seconds / one_round, min_rounds), max_rounds))
     samples: dict[Any, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            samples[name].append(_turn(call, lengths[name]))
+            samples[name].append(_turn(call, lengths[name], long))
     return Rounds({name: np.array(found) for name, found in samples.items()})
 
 
-def _turn(call: Callable[[], object] | TimesItself, expected: float) -> float:
+def _turn(
+    call: Callable[[], object] | TimesItself, expected: float, long: float
+) -> float:
     """The median seconds of a call in one turn."""
     if isinstance(call, TimesItself):
         return call.turn()
-    if expected < LONG:
+    if expected < long:
         call()
     times = []
     for _ in range(int(min(max(TURN / max(expected, 1e-9), 1), 20))):

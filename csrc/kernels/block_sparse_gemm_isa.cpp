@@ -174,7 +174,8 @@ inline void add_block(EightRows& rows, int64_t block_rows, int64_t block_cols,
     const Vec in = load(x + col * kLanes);
     PYBSP_UNROLL
     for (int row = 0; row < 8; ++row) acc[row] = fma(set1(rows.w[row]), in, acc[row]);
-    if constexpr (kAhead) prefetch(rows.w + kWeightsAhead);
+    // Half of the multiply-adds for a weight: twice as far for the same time.
+    if constexpr (kAhead) prefetch(rows.w + 2 * kWeightsAhead);
     rows.w += block_rows;
   }
 }

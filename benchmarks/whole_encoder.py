@@ -1,0 +1,245 @@
+"""Whole encoders, from token ids to last hidden states, against other engines.
+
+BERT-base, and the layers of MiniLM-L6, with random weights and zero blocks, the same in
+every engine, without padding. Every turn begins with an untimed call, which fetches the
+engine's weights into the last cache level that has room for them. ``over_floor`` is the
+time over that of the arithmetic alone: kept weights and attention at the multiply-add
+peak of the same run. ``dense`` is the same call with one zero block in the whole model:
+dense layers in the native layout. ``ragged``: tokens a second of 32 rows of the lengths
+of sst2's sentences, padded to the longest, over those of as many full rows. Checkpoints
+with an accuracy are timed by ``benchmarks.encoder``.
+
+    python -m benchmarks.whole_encoder [--deepsparse PYTHON] [--quick]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel
+
+import pybsp
+from benchmarks import deepsparse, peers
+from benchmarks.section import Options, Section, Summary, block_text, main, reach
+from benchmarks.turns import take_turns
+from pybsp.blocks import BlockShape, expand_blocks, grid_shape
+
+MODELS = {
+    "bert_base": {},
+    "minilm": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6},
+}
+#: model, block shape, sparsity, batch, length
+CASES = (
+    ("bert_base", (8, 1), 0.8, 1, 128),
+    ("bert_base", (8, 1), 0.8, 1, 16),
+    ("bert_base", (8, 1), 0.9, 1, 128),
+    ("bert_base", (1, 96), 0.8, 1, 128),
+    ("bert_base", (16, 4), 0.8, 1, 128),
+    ("bert_base", (8, 1), 0.0, 1, 128),
+    ("bert_base", (8, 1), 0.8, 32, 128),
+    ("minilm", (8, 1), 0.8, 1, 128),
+    ("minilm", (8, 1), 0.8, 1, 16),
+    ("minilm", (8, 1), 0.8, 32, 128),
+)
+HEADLINE = ("bert_base", [8, 1], 0.8, 1, 128)
+#: Tokens of the development sentences of sst2 by BERT's tokenizer: 32 quantiles.
+SST2_LENGTHS = (
+    4, 8, 9, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23,
+    24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 36, 38, 41, 45, 55,
+)  # fmt: skip
+
+
+class FromIds(nn.Module):
+    """The last hidden states of token ids, and nothing else, for the exporter."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = self.model(x).last_hidden_state
+        return states
+
+
+def measure(options: Options) -> dict[str, Any]:
+    cases = CASES[:2] if options.quick else CASES
+    rows = [compare(*case, options) for case in cases]
+    ragged = [ragged_rate(name) for name in MODELS]
+    head = [
+        row
+        for row in rows
+        if (row["model"], row["block_shape"], row["sparsity"], row["batch"], row["M"])
+        == HEADLINE
+    ]
+    mini = [r for r in rows if r["model"] == "minilm" and r["batch"] == 1]
+    dense = [row for row in rows if row["sparsity"] == 0]
+    what = "BERT-base, ids to states, 1 x 128, 80 %"
+    targets = [
+        *reach(f"{what}, time over its arithmetic floor",
+               [row["over_floor"] for row in head], median=1.3, at_most=True,
+               form="{:.2f}x"),
+        *reach(f"{what}, over the best dense peer",
+               [row["over_dense"] for row in head], median=5.0, form="{:.1f}x"),
+        *reach(f"{what}, over DeepSparse", over("DeepSparse", head), median=1.5,
+               form="{:.2f}x"),
+        *reach("MiniLM-L6, 1 x 128 and 1 x 16, 80 %, over its floor",
+               [row["over_floor"] for row in mini], median=1.43, at_most=True,
+               form="{:.2f}x"),
+        *reach("dense layers in the native layout, over the best dense peer",
+               [row["over_dense"] for row in dense], median=0.9, form="{:.2f}x"),
+        *reach("padded rows of sst2's lengths, tokens a second over full rows",
+               [row["of_full"] for row in ragged], every=0.9),
+    ]  # fmt: skip
+    return {"rows": rows, "ragged": ragged, "targets": targets}
+
+
+def over(name: str, rows: list[dict[str, Any]]) -> list[float]:
+    return [row["speedup"][name] for row in rows if name in row["speedup"]]
+
+
+def compare(
+    name: str, block: BlockShape, sparsity: float, batch: int, length: int,
+    options: Options,
+) -> dict[str, Any]:  # fmt: skip
+    model, kept = pruned(name, block, sparsity)
+    hidden, layers = model.config.hidden_size, model.config.num_hidden_layers
+    ids = torch.randint(1000, 30000, (batch, length))
+    dense = FromIds(model).eval()  # the exporter restores the mode it finds
+    packed_model = copy.deepcopy(model)
+    report = pybsp.pack_(packed_model, block_shape=block, min_gain=0)
+    assert all(encoder.native for encoder in report.encoders), report.encoders
+    packed = FromIds(packed_model).eval()
+    exported = onnx_bytes(dense, ids)
+    calls: dict[str, Any] = {"pybsp": lambda: packed(ids), "torch": lambda: dense(ids)}
+    calls |= peers.onnx_calls(exported, ids)
+    dense_peers = [peer for peer in calls if peer != "pybsp"]
+    expected = copy.deepcopy(dense).double()(ids)
+    with contextlib.ExitStack() as stack:
+        for peer, call in calls.items():
+            check(peer, torch.as_tensor(call()), expected)
+        if options.deepsparse:
+            server = stack.enter_context(
+                deepsparse.serve_model(options.deepsparse, ids, exported)
+            )
+            check("DeepSparse", server.output, expected)
+            calls["DeepSparse"] = server
+        peak = pybsp.ops.fma_peak() * torch.get_num_threads()
+        rounds = take_turns(
+            calls, seconds=5.0, min_rounds=3 if batch > 1 else 7, always_warm=True
+        )
+    tokens = batch * length
+    # Two products of (length, length, hidden) a layer beside the linear ones.
+    operations = 2 * tokens * kept + layers * 4 * tokens * length * hidden
+    speedup = {
+        peer: round(rounds.ratio(peer, "pybsp"), 2) for peer in calls if peer != "pybsp"
+    }
+    return {
+        "model": name,
+        "layers": layers,
+        "batch": batch,
+        "M": length,
+        "block_shape": list(block),
+        "sparsity": sparsity,
+        "dtype": "float32",
+        "threads": torch.get_num_threads(),
+        "isa": pybsp.ops.active_isa(),
+        "peak_gflops": round(peak / 1e9, 1),
+        "times": {peer: rounds.to_dict(peer) for peer in calls},
+        "floor_ms": round(operations / peak * 1e3, 3),
+        "over_floor": round(rounds.median("pybsp") * peak / operations, 3),
+        "speedup": speedup,
+        "over_dense": min(speedup[peer] for peer in dense_peers),
+    }
+
+
+def ragged_rate(name: str) -> dict[str, Any]:
+    """Tokens a second of padded rows over those of full ones, in turns."""
+    model, _ = pruned(name, (8, 1), 0.8)
+    pybsp.pack_(model, block_shape=(8, 1), min_gain=0)
+    lengths = torch.tensor(SST2_LENGTHS)
+    longest = int(lengths.max())
+    mask = (torch.arange(longest) < lengths[:, None]).long()
+    # Full rows of as many tokens: a longer sequence has more attention for each.
+    ids = torch.randint(1000, 30000, (len(lengths), longest))
+    calls = {
+        "ragged": lambda: model(ids, attention_mask=mask),
+        "full": lambda: model(ids),
+    }
+    rounds = take_turns(calls, seconds=3.0, min_rounds=7, always_warm=True)
+    per_token = rounds.ratio("full", "ragged") * int(lengths.sum()) / ids.numel()
+    return {
+        "model": name,
+        "rows": len(lengths),
+        "longest": longest,
+        "tokens": int(lengths.sum()),
+        "times": {kind: rounds.to_dict(kind) for kind in calls},
+        "of_full": round(per_token, 3),
+    }
+
+
+def pruned(name: str, block: BlockShape, sparsity: float) -> tuple[Any, int]:
+    """A random model with zero blocks in its encoder's linear weights, one at least in
+    all, and how many of these weights are kept."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"attn_implementation": "eager", **MODELS[name]}
+    model = BertModel(BertConfig(**options), add_pooling_layer=False).eval()
+    kept = 0
+    for module in model.encoder.modules():
+        if isinstance(module, nn.Linear):
+            scores = torch.rand(grid_shape(module.weight.shape, block))
+            keep = round((1 - sparsity) * scores.numel())
+            if kept == 0:
+                keep = min(keep, scores.numel() - 1)
+            mask = pybsp.ops.block_mask(scores, keep)
+            module.weight.mul_(expand_blocks(mask, block))
+            kept += int(mask.sum()) * block[0] * block[1]
+    return model, kept
+
+
+def onnx_bytes(model: nn.Module, ids: torch.Tensor) -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        # The exporter warns about itself and about traced shapes, both intended.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model, (ids,), buffer, input_names=["x"], output_names=["y"],
+            opset_version=14, dynamo=False,
+        )  # fmt: skip
+    return buffer.getvalue()
+
+
+def check(what: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Hidden states are normalised: ten thousandths are many roundings, no mistake."""
+    torch.testing.assert_close(
+        found.double(), expected, rtol=0, atol=1e-3, msg=lambda text: f"{what}: {text}"
+    )
+
+
+def summary(data: dict[str, Any]) -> Summary:
+    names = list(dict.fromkeys(name for row in data["rows"] for name in row["speedup"]))
+    head = ["model", "block", "sparsity", "batch", "ms", "over the floor", *names]
+    rows = [
+        [
+            row["model"],
+            block_text(row["block_shape"]),
+            f"{row['sparsity']:.0%}" if row["sparsity"] else "dense",
+            f"{row['batch']} x {row['M']}",
+            f"{row['times']['pybsp']['median_ms']:.2f}",
+            f"{row['over_floor']:.2f}x",
+            *(f"{row['speedup'].get(name, float('nan')):.2f}x" for name in names),
+        ]
+        for row in data["rows"]
+    ]
+    return head, rows
+
+
+SECTION = Section("whole_encoder", measure, summary)
+
+if __name__ == "__main__":
+    main(SECTION, __doc__)
