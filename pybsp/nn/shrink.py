@@ -131,7 +131,7 @@ def layout(spare: torch.Tensor, size: int, extents: list[int]) -> torch.Tensor:
     group = math.lcm(size, *extents)
     unit = math.lcm(size, *(extent for extent in extents if extent != group))
     group, unit = group // size, unit // size
-    if len(spare) % group:
+    if len(spare) % group or not spare.any():
         return everything
     used = (~spare).view(-1, group // unit, unit).any(2)
     counts = used.sum(1).tolist()
