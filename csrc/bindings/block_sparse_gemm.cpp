@@ -96,7 +96,8 @@ class BlockSparsePattern {
     block_sparse_gemm(&one, 1, reinterpret_cast<const float*>(x), tokens, threads);
   }
 
-  // dx = dy W, and dW at the kept blocks; addresses as above.
+  // dx = dy W; dW at the kept blocks and, unless its address is 0, dbias. Addresses as
+  // above.
   void grad_x(uintptr_t values, uintptr_t dy, int64_t tokens, uintptr_t dx,
               int threads) const {
     BlockSparseView view = view_;
@@ -107,11 +108,12 @@ class BlockSparsePattern {
   }
 
   void grad_values(uintptr_t dy, uintptr_t x, int64_t tokens, uintptr_t dvalues,
-                   int threads) const {
+                   uintptr_t dbias, int threads) const {
     py::gil_scoped_release release;
     block_sparse_grad_values(view_, transposed(), reinterpret_cast<const float*>(dy),
                              reinterpret_cast<const float*>(x), tokens,
-                             reinterpret_cast<float*>(dvalues), threads);
+                             reinterpret_cast<float*>(dvalues),
+                             reinterpret_cast<float*>(dbias), threads);
   }
 
   int64_t nnz() const { return nnz_; }
@@ -172,7 +174,7 @@ void register_block_sparse_gemm(py::module_& module) {
       .def("grad_x", &BlockSparsePattern::grad_x, arg("values"), arg("dy"),
            arg("tokens"), arg("dx"), arg("threads"))
       .def("grad_values", &BlockSparsePattern::grad_values, arg("dy"), arg("x"),
-           arg("tokens"), arg("dvalues"), arg("threads"))
+           arg("tokens"), arg("dvalues"), arg("dbias"), arg("threads"))
       .def_property_readonly("nnz", &BlockSparsePattern::nnz)
       .def("schedule", &BlockSparsePattern::schedule);
   module.def("multiply_many", &multiply_many, arg("products"), arg("x"), arg("tokens"),
