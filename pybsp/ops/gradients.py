@@ -37,8 +37,7 @@ def gradients(
         grad = _plain(grad)
     fields = (crow_indices, col_indices)
     grad_x = grad_values = grad_bias = None
-    if needs[0]:
-        grad_x = product.block_sparse_grad_x(grad, values, *fields, shape[1])
+    # dx last: it is what the next backward reads, and then still in cache.
     if needs[1]:
         if needs[2] and isinstance(product, _Native):
             grad_bias = product.grad_bias = grad.new_empty(shape[0])
@@ -47,6 +46,8 @@ def gradients(
         )
     if needs[2] and grad_bias is None:
         grad_bias = grad.reshape(-1, shape[0]).sum(0)
+    if needs[0]:
+        grad_x = product.block_sparse_grad_x(grad, values, *fields, shape[1])
     return grad_x, grad_values, grad_bias
 
 
