@@ -43,7 +43,7 @@ void register_block_sparse_gemm(py::module_& module) {
       .def("grad_x", &BlockSparsePattern::grad_x, arg("values"), arg("dy"),
            arg("tokens"), arg("dx"), arg("threads"))
       .def("grad_values", &BlockSparsePattern::grad_values, arg("dy"), arg("x"),
-           arg("tokens"), arg("dvalues"), arg("threads"))
+           arg("tokens"), arg("dvalues"), arg("dbias"), arg("threads"))
       .def_property_readonly("nnz", &BlockSparsePattern::nnz)
       .def("schedule", &BlockSparsePattern::schedule);
   module.def("multiply_many", &multiply_many, arg("products"), arg("x"), arg("tokens"),

@@ -93,7 +93,8 @@ class BlockSparsePattern {
     block_sparse_gemm(&one, 1, reinterpret_cast<const float*>(x), tokens, threads);
   }
 
-  // dx = dy W, and dW at the kept blocks; addresses as above.
+  // dx = dy W; dW at the kept blocks and, unless its address is 0, dbias. Addresses as
+  // above.
   void grad_x(uintptr_t values, uintptr_t dy, int64_t tokens, uintptr_t dx,
               int threads) const {
     BlockSparseView view = view_;
@@ -104,11 +105,12 @@ class BlockSparsePattern {
   }
 
   void grad_values(uintptr_t dy, uintptr_t x, int64_t tokens, uintptr_t dvalues,
-                   int threads) const {
+                   uintptr_t dbias, int threads) const {
     py::gil_scoped_release release;
     block_sparse_grad_values(view_, transposed(), reinterpret_cast<const float*>(dy),
                              reinterpret_cast<const float*>(x), tokens,
-                             reinterpret_cast<float*>(dvalues), threads);
+                             reinterpret_cast<float*>(dvalues),
+                             reinterpret_cast<float*>(dbias), threads);
   }
 
   const BlockSparseView& view() const { return view_; }

@@ -186,14 +186,15 @@ struct Side {
 class GradValues {
  public:
   GradValues(const BlockSparseView& weight, const TransposedIndex& index,
-             const float* dy, const float* x, float* dvalues)
+             const float* dy, const float* x, float* dvalues, float* dbias)
       : weight_(weight),
         index_(index),
         isa_(variants(active_isa())),
         by_column_(index.flat),
         own_{dy, weight.out_features, weight.block_rows},
         shared_{x, weight.in_features, weight.block_cols},
-        dvalues_(dvalues) {
+        dvalues_(dvalues),
+        dbias_(dbias) {
     if (by_column_) std::swap(own_, shared_);
     ptr_ = by_column_ ? index.ccol_indices.data() : weight.crow_indices;
     others_ = by_column_ ? index.row_indices.data() : weight.col_indices;
@@ -214,10 +215,12 @@ class GradValues {
     int64_t other_chunk;
     bool stream;
   };
-  // The groups and the others of one thread.
+  // The groups and the others of one thread, and whether it sums the dy it transposes:
+  // one thread alone where all transpose the same.
   struct Share {
     Range groups;
     Range others;
+    bool sums;
   };
   // Of one thread, as large as it can get: nothing may throw in a parallel region.
   struct Scratch {
@@ -231,6 +234,9 @@ class GradValues {
   void pack_own(const Panel& panel, int64_t first, int64_t last, float* own) const;
   void pack_shared(const Panel& panel, int64_t first, int64_t last,
                    float* shared) const;
+  void sum_own(const Panel& panel, int64_t first, int64_t last, const float* own) const;
+  void sum_shared(const Panel& panel, int64_t first, int64_t last,
+                  const float* shared) const;
   void multiply_panel(const Panel& panel, Share share, Scratch& scratch) const;
   void multiply(const Panel& panel, int64_t group, const float* own, Range others,
                 int64_t held, Scratch& scratch) const;
@@ -242,6 +248,7 @@ class GradValues {
   const bool by_column_;
   Side own_, shared_;
   float* dvalues_;
+  float* dbias_;
   const int32_t* ptr_;     // the blocks of a group
   const int32_t* others_;  // and their place along the other side
 };
@@ -307,13 +314,26 @@ void GradValues::pack_shared(const Panel& panel, int64_t first, int64_t last,
   }
 }
 
+// Features [first, last) of dy, as they were transposed above.
+void GradValues::sum_own(const Panel& panel, int64_t first, int64_t last,
+                         const float* own) const {
+  isa_.add_feature_sums(own, last - first, isa_.lanes, panel.vectors, panel.own_step,
+                        dbias_ + first);
+}
+
+void GradValues::sum_shared(const Panel& panel, int64_t first, int64_t last,
+                            const float* shared) const {
+  isa_.add_feature_sums(shared, last - first, panel.width, panel.vectors, isa_.lanes,
+                        dbias_ + first);
+}
+
 // Adds the products of the blocks of one group with `others`; scratch.shared starts
 // with number `held`.
 void GradValues::multiply(const Panel& panel, int64_t group, const float* own,
                           Range others, int64_t held, Scratch& scratch) const {
   const int64_t r = weight_.block_rows, c = weight_.block_cols;
-  scratch.features.clear();
-  scratch.dst.clear();
+  int32_t* feature = scratch.features.data();
+  int64_t* dst = scratch.dst.data();
   const int32_t* end = others_ + ptr_[group + 1];
   const int32_t* other =
       std::lower_bound(others_ + ptr_[group], end, static_cast<int32_t>(others.first));
@@ -321,9 +341,8 @@ void GradValues::multiply(const Panel& panel, int64_t group, const float* own,
     const int64_t i = other - others_;
     const int64_t block = by_column_ ? index_.blocks[at(i)] : i;
     for (int64_t j = 0; j < shared_.extent; ++j) {
-      scratch.features.push_back(
-          static_cast<int32_t>((*other - held) * shared_.extent + j));
-      scratch.dst.push_back(block * r * c + (by_column_ ? j : j * r));
+      *feature++ = static_cast<int32_t>((*other - held) * shared_.extent + j);
+      *dst++ = block * r * c + (by_column_ ? j : j * r);
     }
   }
   SampledProducts products{};
@@ -333,7 +352,7 @@ void GradValues::multiply(const Panel& panel, int64_t group, const float* own,
   products.b = scratch.shared;
   products.features = scratch.features.data();
   products.dst = scratch.dst.data();
-  products.count = static_cast<int64_t>(scratch.features.size());
+  products.count = feature - scratch.features.data();
   products.width = panel.width;
   products.vectors = panel.vectors;
   products.stride = by_column_ ? r : 1;
@@ -346,13 +365,18 @@ void GradValues::multiply(const Panel& panel, int64_t group, const float* own,
 void GradValues::multiply_panel(const Panel& panel, Share share,
                                 Scratch& scratch) const {
   const auto pack_others = [&](int64_t first, int64_t last) {
-    pack_shared(panel, first * shared_.extent, last * shared_.extent, scratch.shared);
+    const int64_t from = first * shared_.extent, to = last * shared_.extent;
+    pack_shared(panel, from, to, scratch.shared);
+    if (share.sums && by_column_) sum_shared(panel, from, to, scratch.shared);
   };
   if (!panel.stream) pack_others(share.others.first, share.others.last);
   for (int64_t chunk = share.groups.first; chunk < share.groups.last;
        chunk += panel.group_chunk) {
     const int64_t end = std::min(share.groups.last, chunk + panel.group_chunk);
     pack_own(panel, chunk * own_.extent, end * own_.extent, scratch.own);
+    if (share.sums && !by_column_) {
+      sum_own(panel, chunk * own_.extent, end * own_.extent, scratch.own);
+    }
     for (int64_t other = share.others.first; other < share.others.last;
          other += panel.other_chunk) {
       const Range others{other, std::min(share.others.last, other + panel.other_chunk)};
@@ -371,9 +395,11 @@ void GradValues::multiply_panel(const Panel& panel, Share share,
 std::vector<GradValues::Share> GradValues::split(int threads) const {
   const int64_t groups = own_.features / own_.extent;
   const int64_t others = shared_.features / shared_.extent;
-  std::vector<Share> shares(at(threads), {{0, groups}, {0, others}});
+  const bool sums = dbias_ != nullptr;
+  std::vector<Share> shares(at(threads), {{0, groups}, {0, others}, sums});
   if (threads == 1) return shares;
   const bool by_other = shared_.features > own_.features;
+  const bool splits_dy = by_other == by_column_;
   std::vector<int64_t> before(at((by_other ? others : groups) + 1));
   if (by_other) {
     for (int64_t i = 0; i < ptr_[groups]; ++i) ++before[at(others_[i] + 1)];
@@ -388,7 +414,11 @@ std::vector<GradValues::Share> GradValues::split(int threads) const {
            before[at(to)] * threads < before.back() * (thread + 1)) {
       ++to;
     }
-    (by_other ? shares[at(thread)].others : shares[at(thread)].groups) = {from, to};
+    // What has no blocks at the end is summed all the same.
+    if (thread == threads - 1) to = static_cast<int64_t>(before.size()) - 1;
+    Share& mine = shares[at(thread)];
+    (by_other ? mine.others : mine.groups) = {from, to};
+    mine.sums = sums && (splits_dy || thread == 0);
     from = to;
   }
   return shares;
@@ -411,8 +441,8 @@ void GradValues::run(int64_t tokens, int threads) {
     Scratch& mine = scratch[at(thread)];
     mine.own = floats + thread * (own + shared);
     mine.shared = mine.own + own;
-    mine.features.reserve(at(shared_.features));
-    mine.dst.reserve(at(shared_.features));
+    mine.features.resize(at(shared_.features));
+    mine.dst.resize(at(shared_.features));
   }
   parallel(threads, [&](int thread, int count) {
     for (int which = thread; which < threads; which += count) {
@@ -438,12 +468,12 @@ void block_sparse_grad_x(const BlockSparseView& weight, const TransposedIndex& i
 void block_sparse_grad_values(const BlockSparseView& weight,
                               const TransposedIndex& index, const float* dy,
                               const float* x, int64_t tokens, float* dvalues,
-                              int threads) {
+                              float* dbias, int threads) {
   const int64_t count = kept_weights(weight);
-  if (count == 0) return;
-  std::memset(dvalues, 0, at(count) * sizeof(float));
-  if (tokens == 0) return;
-  GradValues(weight, index, dy, x, dvalues)
+  if (dbias) std::memset(dbias, 0, at(weight.out_features) * sizeof(float));
+  if (count > 0) std::memset(dvalues, 0, at(count) * sizeof(float));
+  if (tokens == 0 || (count == 0 && !dbias)) return;
+  GradValues(weight, index, dy, x, dvalues, dbias)
       .run(tokens, useful_threads(weight, tokens, threads));
 }
 

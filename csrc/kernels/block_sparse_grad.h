@@ -3,7 +3,8 @@
 //
 //   block_sparse_grad_x       dx = dy W                      (tokens, in)
 //   block_sparse_grad_values  dW_b = (dy^T x) at the kept blocks, in the layout of
-//                             `values`: (nnz, c, r)
+//                             `values`: (nnz, c, r); and dbias = dy summed over tokens
+//                             (out), unless that is null
 //
 //   x, dx   (tokens, in)   row-major, contiguous float32
 //   dy      (tokens, out)  the same
@@ -28,6 +29,6 @@ void block_sparse_grad_x(const BlockSparseView& weight, const TransposedIndex& i
 void block_sparse_grad_values(const BlockSparseView& weight,
                               const TransposedIndex& index, const float* dy,
                               const float* x, int64_t tokens, float* dvalues,
-                              int threads);
+                              float* dbias, int threads);
 
 }  // namespace pybsp

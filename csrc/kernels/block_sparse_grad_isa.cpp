@@ -281,4 +281,29 @@ void sampled_products(const SampledProducts& s) {
   }
 }
 
+void add_feature_sums(const float* panel, int64_t features, int64_t feature_step,
+                      int64_t vectors, int64_t vector_step, float* sums) {
+  for (int64_t i = 0; i < features; i += 8) {
+    Vec acc[8];
+    PYBSP_UNROLL
+    for (int j = 0; j < 8; ++j) acc[j] = zero();
+    // The last ones like the others: a sum has the same bits wherever it stands.
+    const int left = features - i < 8 ? static_cast<int>(features - i) : 8;
+    for (int64_t v = 0; v < vectors; ++v) {
+      const float* from = panel + i * feature_step + v * vector_step;
+      if (left < 8) {
+        for (int j = 0; j < left; ++j) {
+          acc[j] = add(acc[j], load(from + j * feature_step));
+        }
+        continue;
+      }
+      PYBSP_UNROLL
+      for (int j = 0; j < 8; ++j) acc[j] = add(acc[j], load(from + j * feature_step));
+    }
+    float all[8];
+    store8(all, reduce_add8(acc));
+    for (int j = 0; j < left; ++j) sums[i + j] += all[j];
+  }
+}
+
 }  // namespace pybsp::PYBSP_ISA

@@ -7,6 +7,15 @@
 
 namespace pybsp::PYBSP_ISA {
 
+namespace {
+
+// Features between what is loaded and what is fetched: eight cache lines of each token,
+// and past the last feature those of the next tokens. So many rows side by side are too
+// many for the hardware to fetch by itself.
+constexpr int64_t kAhead = 128;
+
+}  // namespace
+
 void pack_tokens(const float* x, int64_t in_features, int64_t tokens, int64_t first,
                  int64_t last, int vectors, float* tile) {
   const int64_t width = static_cast<int64_t>(vectors) * kLanes;
@@ -19,9 +28,14 @@ void pack_tokens(const float* x, int64_t in_features, int64_t tokens, int64_t fi
     float* out = tile + v * kLanes;
     int64_t k = first;
     for (; k + kLanes <= last; k += kLanes) {
+      int64_t ahead = k + kAhead;
+      if (ahead >= last) ahead += kLanes * in_features - (last - first);
       Vec block[kLanes];
       PYBSP_UNROLL
-      for (int lane = 0; lane < kLanes; ++lane) block[lane] = load(rows[lane] + k);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        block[lane] = load(rows[lane] + k);
+        __builtin_prefetch(rows[lane] + ahead);
+      }
       transpose(block);
       PYBSP_UNROLL
       for (int i = 0; i < kLanes; ++i) store(out + (k + i) * width, block[i]);

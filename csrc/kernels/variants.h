@@ -137,6 +137,10 @@ struct Variants {
   void (*multiply_block_columns)(const BlockSparseView& weight, BlockColumns columns,
                                  const float* dy_tile, int vectors, float* dx_tile);
   void (*sampled_products)(const SampledProducts& products);
+  // sums[i] += feature i of a panel, summed over tokens: its vector v is at
+  // panel + i * feature_step + v * vector_step.
+  void (*add_feature_sums)(const float* panel, int64_t features, int64_t feature_step,
+                           int64_t vectors, int64_t vector_step, float* sums);
 
   // 24 x rounds vector multiply-adds; the result only keeps them from being removed.
   float (*fma_chains)(int64_t rounds);

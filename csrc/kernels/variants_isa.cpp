@@ -24,6 +24,7 @@ const Variants& variants() {
       multiply_runs,
       multiply_block_columns,
       sampled_products,
+      add_feature_sums,
       fma_chains,
       sum_floats,
   };

@@ -35,6 +35,8 @@ void multiply_runs(const BlockSparseView& weight, RunTiles tiles, const float* d
 void multiply_block_columns(const BlockSparseView& weight, BlockColumns columns,
                             const float* dy_tile, int vectors, float* dx_tile);
 void sampled_products(const SampledProducts& products);
+void add_feature_sums(const float* panel, int64_t features, int64_t feature_step,
+                      int64_t vectors, int64_t vector_step, float* sums);
 float fma_chains(int64_t rounds);
 float sum_floats(const float* data, int64_t count, int64_t rounds);
 

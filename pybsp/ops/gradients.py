@@ -37,14 +37,17 @@ def gradients(
         grad = _plain(grad)
     fields = (crow_indices, col_indices)
     grad_x = grad_values = grad_bias = None
-    if needs[0]:
-        grad_x = product.block_sparse_grad_x(grad, values, *fields, shape[1])
+    # dx last: it is what the next backward reads, and then still in cache.
     if needs[1]:
+        if needs[2] and isinstance(product, _Native):
+            grad_bias = product.grad_bias = grad.new_empty(shape[0])
         grad_values = product.block_sparse_grad_values(
             grad, x, *fields, *values.shape[1:]
         )
-    if needs[2]:
+    if needs[2] and grad_bias is None:
         grad_bias = grad.reshape(-1, shape[0]).sum(0)
+    if needs[0]:
+        grad_x = product.block_sparse_grad_x(grad, values, *fields, shape[1])
     return grad_x, grad_values, grad_bias
 
 
@@ -53,6 +56,8 @@ class _Native:
 
     def __init__(self, pattern: Any) -> None:
         self.pattern = pattern
+        #: Filled by block_sparse_grad_values, which has all of dy at hand.
+        self.grad_bias: torch.Tensor | None = None
 
     def block_sparse_grad_x(
         self, grad: torch.Tensor, values: torch.Tensor, *fields: Any
@@ -63,7 +68,7 @@ class _Native:
         self, grad: torch.Tensor, x: torch.Tensor, *fields: Any
     ) -> torch.Tensor:
         shape = torch.Size((self.pattern.nnz, *fields[2:]))
-        return _grad_values(self.pattern, grad, _plain(x), shape)
+        return _grad_values(self.pattern, grad, _plain(x), shape, self.grad_bias)
 
 
 class _Reference:
@@ -104,7 +109,11 @@ def _grad_x(
 
 
 def _grad_values(
-    pattern: Any, grad: torch.Tensor, x: torch.Tensor, shape: torch.Size
+    pattern: Any,
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    shape: torch.Size,
+    grad_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     grad_values = _new_values(grad, shape)
     pattern.grad_values(
@@ -112,6 +121,7 @@ def _grad_values(
         x.data_ptr(),
         x.numel() // x.shape[-1],
         grad_values.data_ptr(),
+        0 if grad_bias is None else grad_bias.data_ptr(),
         torch.get_num_threads(),
     )
     return grad_values

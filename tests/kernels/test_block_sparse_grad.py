@@ -48,20 +48,29 @@ def differentiate(
     W: BlockSparseMatrix, dy: torch.Tensor, x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``dx`` and ``dW`` from the native calls."""
-    dx, dvalues, _ = gradients(
+    dx, dvalues, _ = differentiate_all(W, dy, x)
+    return dx, dvalues
+
+
+def differentiate_all(
+    W: BlockSparseMatrix, dy: torch.Tensor, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``dx``, ``dW`` and ``dbias``."""
+    dx, dvalues, dbias = gradients(
         dy, x, W.values, W.crow_indices, W.col_indices, W.shape,
-        (True, True, False), W.pattern,
+        (True, True, True), W.pattern,
     )  # fmt: skip
     assert dx is not None
     assert dvalues is not None
-    return dx, dvalues
+    assert dbias is not None
+    return dx, dvalues, dbias
 
 
 def assert_gradients(
     W: BlockSparseMatrix, dy: torch.Tensor, x: torch.Tensor, what: str = ""
 ) -> None:
-    dx, dvalues = differentiate(W, dy, x)
-    assert dx.dtype == dvalues.dtype == torch.float32
+    dx, dvalues, dbias = differentiate_all(W, dy, x)
+    assert dx.dtype == dvalues.dtype == dbias.dtype == torch.float32
     assert dvalues.transpose(1, 2).is_contiguous()
     weight = W.to_dense()
     exact = reference.block_sparse_grad_x(
@@ -77,6 +86,8 @@ def assert_gradients(
     )
     bound = EPS * (4 + 2 * dy.shape[0] ** 0.5) * total
     assert_within(dvalues, exact, bound + 1e-44, f"{what} dW")
+    bound = EPS * (4 + 2 * dy.shape[0] ** 0.5) * dy.abs().double().sum(0)
+    assert_within(dbias, dy.double().sum(0), bound + 1e-44, f"{what} dbias")
 
 
 @pytest.mark.parametrize(
@@ -149,10 +160,10 @@ def test_the_bits_do_not_depend_on_threads(
     results = []
     for number in (1, 2, 3, 8):
         torch.set_num_threads(number)
-        results.append(differentiate(W, dy, x))
-    for dx, dvalues in results[1:]:
-        assert same_bits(dx, results[0][0]), isa
-        assert same_bits(dvalues, results[0][1]), isa
+        results.append(differentiate_all(W, dy, x))
+    for result in results[1:]:
+        for gradient, first in zip(result, results[0], strict=True):
+            assert same_bits(gradient, first), isa
     assert_gradients(W, dy, x, isa)
 
 
@@ -199,13 +210,17 @@ def test_no_tokens_and_no_blocks(isa: str) -> None:
     assert dx.shape == (0, 8)
     assert dvalues.shape == W.values.shape
     assert not dvalues.any(), isa
+    _, _, dbias = differentiate_all(W, torch.empty(0, 16), torch.empty(0, 8))
+    assert torch.equal(dbias, torch.zeros(16))
     for block_shape in ((8, 1), (4, 4), (1, 8)):
         W = BlockSparseMatrix.from_dense(torch.zeros(16, 8), block_shape)
-        dx, dvalues = differentiate(
-            W, torch.full((5, 16), torch.nan), torch.randn(5, 8)
-        )
+        dy = torch.full((5, 16), torch.nan)
+        dy[:, 3:] = 1.0
+        dx, dvalues, dbias = differentiate_all(W, dy, torch.randn(5, 8))
         assert dvalues.shape == (0, *block_shape)
         assert torch.equal(dx, torch.zeros(5, 8))
+        assert dbias[:3].isnan().all()
+        assert torch.equal(dbias[3:], torch.full((13,), 5.0))
 
 
 def test_python_threads_may_ask_for_the_first_gradient_at_once(isa: str) -> None:

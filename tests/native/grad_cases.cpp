@@ -102,11 +102,25 @@ void GradCase::check_values(Report& report, int64_t tokens,
       }
     }
   }
+  std::vector<double> sums(at(s.out), 0.0), sum_bounds(sums.size(), 0.0);
+  for (int64_t i = 0; i < tokens * s.out; ++i) {
+    const double one = number(dy_, 1 + i);
+    sums[at(i % s.out)] += one;
+    sum_bounds[at(i % s.out)] +=
+        static_cast<double>(tokens) * kUnitRoundoff * std::fabs(one);
+  }
   std::vector<float> first;
   for (int threads : {1, 2, 3}) {
     std::vector<float> dvalues(want.size(), std::nanf(""));
+    std::vector<float> dbias(at(s.out), std::nanf(""));
+    // With and without a bias the same bits.
     pybsp::block_sparse_grad_values(weight_.view(), index_, dy_.data() + 1,
-                                    x_.data() + 1, tokens, dvalues.data(), threads);
+                                    x_.data() + 1, tokens, dvalues.data(),
+                                    threads == 2 ? nullptr : dbias.data(), threads);
+    if (threads != 2) {
+      report.close(what + " bias", dbias.data(), sums.data(), sum_bounds.data(), s.out,
+                   s.out);
+    }
     if (threads == 1) {
       report.close(what, dvalues.data(), want.data(), bound.data(), count, s.r);
       report.rest.add(dvalues.data(), count);
