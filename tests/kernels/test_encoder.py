@@ -244,7 +244,8 @@ def test_norms_of_features_far_from_zero_or_from_each_other(kind, isa):
     assert_within(found, exact, bound, f"{isa} {kind}")
 
 
-def test_norms_of_features_that_are_all_alike(isa):
+@pytest.mark.usefixtures("isa")
+def test_norms_of_features_that_are_all_alike():
     encoder = norm_alone(768)
     for value in (0.0, 3.3, -1e4, 1e8, 1e-40):
         assert not encoder(hidden=torch.full((1, 5, 768), value)).any(), value
