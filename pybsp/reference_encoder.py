@@ -71,7 +71,7 @@ def _attention(spec: Any, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     outputs = [_linear(projection, x) for projection in spec.projections]
     query, key, value = outputs if len(outputs) == 3 else outputs[0].chunk(3, -1)
     q, k, v = (
-        h.view(*h.shape[:-1], spec.heads, -1).transpose(1, 2)
+        h.view(*h.shape[:-1], spec.heads, h.shape[-1] // spec.heads).transpose(1, 2)
         for h in (query, key, value)
     )
     if spec.cos is not None:

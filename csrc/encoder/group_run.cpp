@@ -48,12 +48,16 @@ void GroupRun::share_tiles() {
 }
 
 void GroupRun::find_runs() {
+  const bool by_position = std::any_of(
+      encoder_.layers.begin(), encoder_.layers.end(), [](const EncoderLayer& layer) {
+        return layer.attention.window >= 0 || layer.attention.relative_bias;
+      });
   for (size_t i = group_.first; i < group_.last; ++i) {
     const Sequence& sequence = kept_.sequences[i];
     const size_t first = runs_.size();
     append_runs(tiles_, sequence.first - group_.first_token,
                 kept_.rows.data() + sequence.first, sequence.tokens, input_.length,
-                runs_);
+                by_position, runs_);
     for (size_t run = first; run < runs_.size(); ++run) {
       queries_.push_back({run, first, runs_.size()});
     }
@@ -105,14 +109,14 @@ void GroupRun::allocate() {
     const SelfAttention& attention = layer.attention;
     head_dim = std::max(head_dim, attention.head_dim);
     const auto known = [&](const Rotation& other) {
-      return other.cosines == attention.cosines;
+      return rotates_by(attention, other);
     };
     if (!attention.cosines ||
         std::any_of(rotations_.begin(), rotations_.end(), known)) {
       continue;
     }
     rotations_.push_back(
-        {attention.cosines, {nullptr, attention.head_dim / 2}, {nullptr, 0}});
+        {attention.cosines, attention.sines, {nullptr, attention.head_dim / 2}, {}});
     rotated += attention.head_dim;  // cosines and sines of half of it
   }
   thread_floats_ = in_lines(std::max(attention_scratch(head_dim, longest_, width),
@@ -129,14 +133,14 @@ void GroupRun::allocate() {
   key_runs_.resize(static_cast<size_t>(threads_) * most_runs_);
 }
 
+bool GroupRun::rotates_by(const SelfAttention& attention, const Rotation& rotation) {
+  return attention.cosines == rotation.cosines && attention.sines == rotation.sines;
+}
+
 // The cosines and sines of the tokens of this group, for all layers that share a table.
 void GroupRun::make_rotations() {
   for (Rotation& rotation : rotations_) {
     const int64_t half = rotation.cosine_tiles.features;
-    const auto layer = std::find_if(
-        encoder_.layers.begin(), encoder_.layers.end(), [&](const EncoderLayer& other) {
-          return other.attention.cosines == rotation.cosines;
-        });
     const auto gather = [&](const float* table) {
       const Tiles to{part_, half};
       part_ += half * lanes_;
@@ -151,8 +155,8 @@ void GroupRun::make_rotations() {
       }
       return to;
     };
-    rotation.cosine_tiles = gather(layer->attention.cosines);
-    rotation.sine_tiles = gather(layer->attention.sines);
+    rotation.cosine_tiles = gather(rotation.cosines);
+    rotation.sine_tiles = gather(rotation.sines);
   }
 }
 
@@ -309,7 +313,7 @@ void GroupRun::rotate(const Share& share, const SelfAttention& attention,
                       const Tiles& x, int64_t offset) const {
   const Rotation& by = *std::find_if(
       rotations_.begin(), rotations_.end(),
-      [&](const Rotation& other) { return other.cosines == attention.cosines; });
+      [&](const Rotation& other) { return rotates_by(attention, other); });
   const int64_t half = attention.head_dim / 2;
   for_each_tile(share, [&](const TokenTile& tile, float*) {
     for (int64_t head = 0; head < attention.heads; ++head) {

@@ -41,7 +41,8 @@ class GroupRun {
     size_t last;
   };
   struct Rotation {
-    const float* cosines;  // which table
+    const float* cosines;  // which tables
+    const float* sines;
     Tiles cosine_tiles;
     Tiles sine_tiles;
   };
@@ -80,6 +81,7 @@ class GroupRun {
             const Tiles& y) const;
   void rotate(const Share& share, const SelfAttention& attention, const Tiles& x,
               int64_t offset) const;
+  static bool rotates_by(const SelfAttention& attention, const Rotation& rotation);
   void make_rotations();
   void make_bias(const SelfAttention& attention);
 

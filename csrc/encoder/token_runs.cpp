@@ -34,7 +34,7 @@ std::vector<SequenceGroup> group_sequences(const KeptTokens& kept, int64_t token
 }
 
 void append_runs(const std::vector<TokenTile>& tiles, int64_t first,
-                 const int64_t* rows, int64_t tokens, int64_t length,
+                 const int64_t* rows, int64_t tokens, int64_t length, bool by_position,
                  std::vector<TokenRun>& runs) {
   size_t tile = 0;
   while (tiles[tile].first + tiles[tile].tokens <= first) ++tile;
@@ -42,7 +42,7 @@ void append_runs(const std::vector<TokenTile>& tiles, int64_t first,
     const TokenTile& in = tiles[tile];
     const int64_t lane = first + token - in.first;
     const int64_t most = std::min(tokens - token, in.tokens - lane);
-    int64_t count = 1;
+    int64_t count = by_position ? 1 : most;
     while (count < most && rows[token + count] == rows[token] + count) ++count;
     runs.push_back({static_cast<int32_t>(tile), static_cast<int32_t>(lane),
                     static_cast<int32_t>(count),

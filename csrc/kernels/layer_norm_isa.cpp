@@ -11,23 +11,30 @@ namespace {
 // Sums of four rows apart: one alone would wait for each addition.
 constexpr int kSums = 4;
 
-// The sum over features of x - shift, or of its square, of one vector of tokens.
-template <bool kSquare>
-inline Vec sum_rows(const float* x, int64_t features, int64_t width, Vec shift) {
-  Vec sums[kSums];
+struct Sums {
+  Vec plain;
+  Vec squares;
+};
+
+// The sums over features of x - shift, and of its square, of one vector of tokens.
+template <bool kSquares>
+inline Sums sum_rows(const float* x, int64_t features, int64_t width, Vec shift) {
+  Vec plain[kSums], squares[kSums];
   PYBSP_UNROLL
-  for (int i = 0; i < kSums; ++i) sums[i] = zero();
-  const auto add_row = [&](Vec sum, int64_t row) {
+  for (int i = 0; i < kSums; ++i) plain[i] = squares[i] = zero();
+  const auto add_row = [&](int i, int64_t row) {
     const Vec a = sub(load(x + row * width), shift);
-    return kSquare ? fma(a, a, sum) : add(sum, a);
+    plain[i] = add(plain[i], a);
+    if constexpr (kSquares) squares[i] = fma(a, a, squares[i]);
   };
   int64_t row = 0;
   for (; row + kSums <= features; row += kSums) {
     PYBSP_UNROLL
-    for (int i = 0; i < kSums; ++i) sums[i] = add_row(sums[i], row + i);
+    for (int i = 0; i < kSums; ++i) add_row(i, row + i);
   }
-  for (; row < features; ++row) sums[0] = add_row(sums[0], row);
-  return add(add(sums[0], sums[1]), add(sums[2], sums[3]));
+  for (; row < features; ++row) add_row(0, row);
+  return {add(add(plain[0], plain[1]), add(plain[2], plain[3])),
+          add(add(squares[0], squares[1]), add(squares[2], squares[3]))};
 }
 
 }  // namespace
@@ -40,12 +47,18 @@ void layer_norm(const float* x_tile, int64_t features, int vectors, const float*
     const float* const x = x_tile + v * kLanes;
     float* const y = y_tile + v * kLanes;
     // The first row is near the mean for rows that are far from zero: it keeps digits.
+    // Where it is far from all others, what is left of x - mean in the sum corrects.
     const Vec first = load(x);
-    const Vec mean = add(first, div(sum_rows<false>(x, features, width, first), count));
-    const Vec variance = div(sum_rows<true>(x, features, width, mean), count);
+    const Vec mean =
+        add(first, div(sum_rows<false>(x, features, width, first).plain, count));
+    const Sums sums = sum_rows<true>(x, features, width, mean);
+    const Vec left = div(sums.plain, count);
+    const Vec variance =
+        max(zero(), sub(div(sums.squares, count), rounded(mul(left, left))));
     const Vec scale = div(set1(1.0f), sqrt(add(variance, set1(eps))));
+    const Vec offset = sub(zero(), rounded(mul(left, scale)));
     for (int64_t row = 0; row < features; ++row) {
-      const Vec a = mul(sub(load(x + row * width), mean), scale);
+      const Vec a = fma(sub(load(x + row * width), mean), scale, offset);
       const Vec shift = bias ? set1(bias[row]) : zero();
       store(y + row * width, fma(a, set1(weight[row]), shift));
     }

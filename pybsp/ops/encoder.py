@@ -142,10 +142,12 @@ class Encoder:
             bias = self._keep(f"{name}, relative_bias", spec.relative_bias, wanted)
         if spec.window is not None and spec.window < 0:
             raise ValueError(f"{name}: window must be 0 or more; got {spec.window}")
+        # No two tokens are further apart, and sums with positions stay in range.
+        window = -1 if spec.window is None else min(spec.window, 2**31)
         return _core.SelfAttention(
             projections,
             self._linear(name, spec.output, (features, width)),
-            heads, spec.scale, -1 if spec.window is None else spec.window, *rotation,
+            heads, spec.scale, window, *rotation,
             rotary_positions, bias, bias_positions,
         )  # fmt: skip
 

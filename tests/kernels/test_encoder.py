@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import timeit
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from encoders import assert_rounding
-from helpers import block_sparse_weight, same_bits
+from helpers import EPS, assert_within, block_sparse_weight, same_bits
 
 from pybsp import BlockSparseMatrix, ops, reference_encoder
 
@@ -210,8 +212,80 @@ def test_infinite_and_nan_states_stay_in_their_sequence():
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
 def test_nothing_to_do(shape):
-    found = ops.Encoder(spec())(torch.zeros(shape, dtype=torch.long))
-    assert found.shape == (*shape, FEATURES)
+    one, ids = spec(), torch.zeros(shape, dtype=torch.long)
+    for found in (ops.Encoder(one)(ids), reference_encoder.encoder(one, ids)):
+        assert found.shape == (*shape, FEATURES)
+
+
+def norm_alone(features):
+    """An encoder that computes nothing but its last norm: all weights are zero."""
+    zero = ops.LinearSpec(torch.zeros(features, features))
+    attention = ops.AttentionSpec((zero,) * 3, zero, heads=1, scale=1.0)
+    part = ops.FeedForwardSpec(zero, "relu", zero)
+    last = ops.NormSpec(torch.ones(features), None, 1e-12)
+    layer = ops.LayerSpec(attention, None, part, None)
+    return ops.Encoder(ops.EncoderSpec(features, (layer,), True, final_norm=last))
+
+
+@pytest.mark.parametrize("kind", ["usual", "first", "other", "far", "far-first"])
+def test_norms_of_features_far_from_zero_or_from_each_other(kind, isa):
+    x = torch.randn(1, 20, 768)
+    if kind.startswith("far"):
+        x += 1e4
+    if kind.endswith("first"):
+        x[..., 0] = -1e4
+    elif kind == "other":
+        x[..., 7] = 1e4
+    found = norm_alone(768)(hidden=x)
+    exact = F.layer_norm(x.double(), (768,), eps=1e-12)
+    # A result is rounded a few times, and all share the error of the mean: the sum of
+    # n deviations, which are 1 on average, has n roundings of sqrt(n) / 2 at most.
+    bound = EPS * (8 * exact.abs() + 1)
+    assert_within(found, exact, bound, f"{isa} {kind}")
+
+
+@pytest.mark.usefixtures("isa")
+def test_norms_of_features_that_are_all_alike():
+    encoder = norm_alone(768)
+    for value in (0.0, 3.3, -1e4, 1e8, 1e-40):
+        assert not encoder(hidden=torch.full((1, 5, 768), value)).any(), value
+        # One that differs in its last bit.
+        x = torch.full((1, 5, 768), value)
+        x[..., 300] = torch.nextafter(x[..., 300], torch.tensor(torch.inf))
+        assert encoder(hidden=x).isfinite().all(), value
+
+
+def test_layers_that_share_one_of_two_tables_of_rotation(isa):
+    one = spec(**KINDS["modern"])
+    first, second = one.layers
+    for table in ("cos", "sin"):
+        other = replace(second.attention, **{table: getattr(first.attention, table)})
+        layers = (first, replace(second, attention=other))
+        check(replace(one, layers=layers), 2, 17, f"{isa} {table}")
+
+
+def test_a_window_without_end():
+    one = spec(**KINDS["modern"])
+    ids = torch.randint(0, WORDS, (2, 40))
+    found = [
+        ops.Encoder(changed("attention", one, number=0, window=window))(ids)
+        for window in (None, 2**63 - 1)
+    ]
+    assert same_bits(*found)
+
+
+def test_holes_in_a_mask_take_no_more_time_than_padding():
+    """A run of each token would take twenty times as long."""
+    one, length = ops.Encoder(spec()), 512
+    ids = torch.randint(0, WORDS, (1, length))
+    places = torch.arange(length)[None]
+    torch.set_num_threads(1)
+    masks = {"padding": places < length // 2, "holes": places % 2 == 0}
+    seconds = {
+        name: min(timeit.repeat(lambda m=mask: one(ids, mask=m), number=1, repeat=9))
+        for name, mask in masks.items()
+    }
+    assert seconds["holes"] < 4 * seconds["padding"], seconds
 
 
 def test_rows_that_a_table_does_not_have():
@@ -259,11 +333,12 @@ def test_wrong_inputs():
         states(ids)
 
 
-def changed(part, **fields):
-    one = spec()
-    layer = one.layers[1]
-    layer = replace(layer, **{part: replace(getattr(layer, part), **fields)})
-    return replace(one, layers=(one.layers[0], layer))
+def changed(part, one=None, number=1, **fields):
+    one = spec() if one is None else one
+    layers = [*one.layers]
+    layer = replace(getattr(layers[number], part), **fields)
+    layers[number] = replace(layers[number], **{part: layer})
+    return replace(one, layers=tuple(layers))
 
 
 def test_parts_that_do_not_fit():

@@ -79,6 +79,64 @@ def test_tensors_replaced(native, name, how):
     assert_native(native)
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_numbers_kept_beside_the_tensors(name):
+    native, arguments = packed(build(name)), arguments_for(name)
+    assert_native(native, arguments)
+    for module in native.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 0.5
+    assert_native(native, arguments)
+    for module in native.modules():
+        if isinstance(vars(module).get("scaling"), float):
+            module.scaling *= 2
+    assert_native(native, arguments)
+
+
+def test_other_views_of_the_same_memory():
+    model = build("bert")
+    key = model.encoder.layer[0].attention.self.key
+    nn.init.normal_(key.weight, std=0.1)
+    native = packed(model)
+    assert_native(native)
+    words = native.embeddings.word_embeddings.weight
+    words.data = words.data[:50]
+    with torch.inference_mode(), pytest.raises(IndexError):
+        native(torch.tensor([[3, 50]]))
+    arguments = {"input_ids": torch.tensor([[3, 49]])}
+    assert_native(native, arguments)
+    weight = native.encoder.layer[0].attention.self.key.weight
+    weight.data = weight.data.t()
+    assert_native(native, arguments, calls=0)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("what", ["model", "attention", "norm"])
+def test_a_forward_that_somebody_put_on_a_class(what, when, monkeypatch):
+    model = build("bert")
+    attention = model.encoder.layer[0].attention.self
+    cls = {"model": type(model), "attention": type(attention), "norm": nn.LayerNorm}
+    own = cls[what].forward
+
+    def forward(self, *args, **kwargs):
+        found = own(self, *args, **kwargs)
+        return 2 * found if what == "norm" else found
+
+    def put():
+        monkeypatch.setattr(cls[what], "forward", forward)
+
+    if when == "before":
+        put()
+    native = packed(model)
+    if when == "after":
+        assert_native(native)
+        put()
+    assert_native(native, calls=0)
+    monkeypatch.undo()
+    assert isinstance(native.forward, FusedForward) == (when == "after")
+    assert_native(native, calls=int(when == "after"))
+
+
 def test_another_pattern_is_loaded(native):
     other = build("bert", seed=5)
     native.load_state_dict(other.state_dict())

@@ -165,7 +165,7 @@ def _read_layer(layer: Any, reader: Reader) -> LayerSpec:
             (query, key, value),
             reader.linear(output, "dense"),
             heads=reader.heads(inner, inner.attention_head_size, *projections),
-            scale=inner.scaling,
+            scale=reader.setting(inner, "scaling"),
         ),
         reader.norm(output, "LayerNorm"),
         *read_intermediate(layer, reader),

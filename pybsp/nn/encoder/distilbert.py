@@ -72,7 +72,7 @@ def _read_layer(layer: Any, reader: Reader) -> LayerSpec:
             (query, key, value),
             reader.linear(attention, "out_lin"),
             heads=reader.heads(attention, attention.attention_head_size, *projections),
-            scale=attention.scaling,
+            scale=reader.setting(attention, "scaling"),
         ),
         reader.norm(layer, "sa_layer_norm"),
         _read_feed_forward(layer, reader),

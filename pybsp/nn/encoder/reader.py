@@ -45,6 +45,8 @@ class Reader:
         self._random: list[nn.Module] = []
         self._copied: list[torch.Tensor] = []
         self._stacks: list[dict[str, Any]] = []
+        self._classes: set[type] = set()
+        self._expect_own_forward(cls, "it")
 
     def watch(self) -> Watch:
         return Watch(
@@ -134,7 +136,7 @@ class Reader:
             raise Deviation(f"{self._name(layer)} is not over the features alone")
         weight = self.parameter(layer, "weight")
         bias = None if layer.bias is None else self.parameter(layer, "bias")
-        return NormSpec(weight, bias, layer.eps)
+        return NormSpec(weight, bias, self.setting(layer, "eps"))
 
     def embedding(self, parent: nn.Module, name: str) -> torch.Tensor:
         table = self.child(parent, name, nn.Embedding)
@@ -185,6 +187,12 @@ class Reader:
         self._tensors.append(tensor)
         return tensor
 
+    def setting(self, module: nn.Module, name: str) -> Any:
+        """A number that is kept beside the tensors."""
+        value = getattr(module, name)
+        self._slots.append((vars(module), name, value))
+        return value
+
     def buffer(self, module: nn.Module, name: str) -> torch.Tensor:
         tensor = module._buffers[name]
         assert tensor is not None
@@ -210,9 +218,21 @@ class Reader:
             raise Deviation(f"there is no {path}")
         self._paths[id(child)] = path
         self.expect("forward" not in vars(child), f"{path} has another forward")
+        self._expect_own_forward(type(child), path)
         self._slots.append((parent._modules, name, child))
         self._modules.append(child)
         return child
+
+    def _expect_own_forward(self, cls: type, path: str) -> None:
+        """Libraries that speed up transformers put another forward on its classes."""
+        owner = next(base for base in cls.__mro__ if "forward" in vars(base))
+        if owner in self._classes:
+            return
+        self._classes.add(owner)
+        forward = vars(owner)["forward"]
+        own = getattr(forward, "__module__", None) == owner.__module__
+        self.expect(own, f"{path} has another forward, on the class")
+        self._slots.append((vars(owner), "forward", forward))
 
     def _name(self, module: nn.Module) -> str:
         return self._paths[id(module)] or "it"

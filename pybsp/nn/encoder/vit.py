@@ -63,7 +63,7 @@ def _read_layer(layer: Any, reader: Reader) -> LayerSpec:
             (query, key, value),
             reader.linear(attention, "o_proj"),
             heads=reader.heads(attention, attention.head_dim, *projections),
-            scale=attention.scaling,
+            scale=reader.setting(attention, "scaling"),
         ),
         reader.norm(layer, "layernorm_before"),
         _read_mlp(layer, reader),

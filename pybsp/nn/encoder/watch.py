@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-Slot = tuple[dict[str, Any], str, Any]
+Slot = tuple[Mapping[str, Any], str, Any]
 
 #: The function with which transformers records hidden states when it is asked to. It
 #: stays registered once it was needed, and does nothing in other calls.
@@ -25,7 +25,7 @@ class Watch:
     ----------
     slots : ``(dictionary, key, object)``: each must still hold that very object
     stacks : dictionaries of layers, which must not become longer
-    tensors : their memory must still be where it was
+    tensors : their memory must still be where it was, and matrices of the same shape
     copied : tensors that must not change in place either
     modules : on which a hook, or a forward of their own, would be passed over
     random : modules that draw random numbers in training
@@ -44,6 +44,13 @@ class Watch:
         self._stacks = [(stack, len(stack)) for stack in stacks]
         self._tensors = list(tensors)
         self._addresses = [(tensor.data_ptr, tensor.data_ptr()) for tensor in tensors]
+        # ``tensor.data = tensor.data[:n]``, or a transposed view, is where it was.
+        # Packed weights, of three dimensions, are left out: there are many.
+        self._views = [
+            (tensor, tensor.shape, tensor.stride())
+            for tensor in tensors
+            if tensor.dim() == 2
+        ]
         # Inference tensors count no versions.
         self._versions = [(t, t._version) for t in copied if not t.is_inference()]
         self._states = [vars(module) for module in modules]
@@ -64,6 +71,9 @@ class Watch:
             return False
         for address, before in self._addresses:
             if address() != before:
+                return False
+        for tensor, shape, stride in self._views:
+            if tensor.shape != shape or tensor.stride() != stride:
                 return False
         for stack, depth in self._stacks:
             if len(stack) != depth:
