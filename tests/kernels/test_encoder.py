@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import timeit
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -272,20 +271,6 @@ def test_a_window_without_end():
         for window in (None, 2**63 - 1)
     ]
     assert same_bits(*found)
-
-
-def test_holes_in_a_mask_take_no_more_time_than_padding():
-    """A run of each token would take twenty times as long."""
-    one, length = ops.Encoder(spec()), 512
-    ids = torch.randint(0, WORDS, (1, length))
-    places = torch.arange(length)[None]
-    torch.set_num_threads(1)
-    masks = {"padding": places < length // 2, "holes": places % 2 == 0}
-    seconds = {
-        name: min(timeit.repeat(lambda m=mask: one(ids, mask=m), number=1, repeat=9))
-        for name, mask in masks.items()
-    }
-    assert seconds["holes"] < 4 * seconds["padding"], seconds
 
 
 def test_rows_that_a_table_does_not_have():

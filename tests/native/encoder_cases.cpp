@@ -8,7 +8,10 @@
 
 #include "cases.h"
 #include "encoder/encoder.h"
+#include "encoder/token_runs.h"
 #include "gemm_cases.h"
+#include "kernels/variants.h"
+#include "runtime/isa.h"
 
 namespace selftest {
 namespace {
@@ -328,10 +331,34 @@ void EncoderCase::check(Report& report, int64_t batch, int64_t length,
                    run(alone, 1).data(), length * kFeatures, kFeatures);
 }
 
+void check_token_runs(Report& report) {
+  const pybsp::Variants& isa = pybsp::variants(pybsp::active_isa());
+  // Every other token of a row is padding.
+  constexpr int64_t kTokens = 200;
+  std::vector<int64_t> rows;
+  for (int64_t i = 0; i < kTokens; ++i) rows.push_back(2 * i);
+  const std::vector<pybsp::TokenTile> tiles = pybsp::split_tokens(kTokens, isa);
+  for (const bool by_position : {false, true}) {
+    std::vector<pybsp::TokenRun> runs;
+    pybsp::append_runs(tiles, 0, rows.data(), kTokens, 2 * kTokens, by_position, runs);
+    report.require("a run for each tile, or for each token between holes",
+                   runs.size() == (by_position ? kTokens : tiles.size()));
+    int64_t tokens = 0;
+    for (const pybsp::TokenRun& run : runs) {
+      const pybsp::TokenTile& tile = tiles[static_cast<size_t>(run.tile)];
+      report.require("runs follow each other",
+                     tile.first + run.lane == tokens && run.position == 2 * tokens);
+      tokens += run.count;
+    }
+    report.require("runs hold all tokens", tokens == kTokens);
+  }
+}
+
 }  // namespace
 
 void check_encoder(Report& report, bool quick) {
   using pybsp::Activation;
+  check_token_runs(report);
   const Architecture kinds[] = {
       {"bert", false, false, false, false, false, false, -1, 3, 8, Activation::gelu},
       {"dense", false, false, false, true, false, true, -1, 2, 12, Activation::relu},
