@@ -136,7 +136,7 @@ def compare(
         peak = pybsp.ops.fma_peak() * torch.get_num_threads()
         # A large batch reads its weights many times and needs no call before.
         rounds = take_turns(
-            calls, seconds=5.0, min_rounds=2 if batch > 1 else 5, always_warm=batch == 1
+            calls, seconds=4.0, min_rounds=2 if batch > 1 else 5, always_warm=batch == 1
         )
     tokens = batch * length
     # Two products of (length, length, hidden) a layer beside the linear ones.
