@@ -142,3 +142,15 @@ class Encoder:
         y: int,
         threads: int,
     ) -> None: ...
+    def profile(
+        self,
+        batch: int,
+        length: int,
+        ids: int,
+        hidden: int,
+        mask: int,
+        token_types: int,
+        positions: int,
+        y: int,
+        threads: int,
+    ) -> dict[str, float]: ...

@@ -69,6 +69,44 @@ FeedForward feed_forward(const LinearArguments& up, int activation,
   return {linear(up), static_cast<Activation>(activation), linear(down), gated};
 }
 
+// The arguments of run and profile.
+EncoderInput encoder_input(int64_t batch, int64_t length, uintptr_t ids,
+                           uintptr_t hidden, uintptr_t mask, uintptr_t token_types,
+                           uintptr_t positions) {
+  return {batch,
+          length,
+          integers(ids),
+          floats(hidden),
+          reinterpret_cast<const bool*>(mask),
+          integers(token_types),
+          integers(positions)};
+}
+
+void run(const Encoder& encoder, int64_t batch, int64_t length, uintptr_t ids,
+         uintptr_t hidden, uintptr_t mask, uintptr_t token_types, uintptr_t positions,
+         uintptr_t y, int threads) {
+  const EncoderInput input =
+      encoder_input(batch, length, ids, hidden, mask, token_types, positions);
+  py::gil_scoped_release release;
+  run_encoder(encoder, input, reinterpret_cast<float*>(y), threads);
+}
+
+// Seconds by the name of the part.
+py::dict profile(const Encoder& encoder, int64_t batch, int64_t length, uintptr_t ids,
+                 uintptr_t hidden, uintptr_t mask, uintptr_t token_types,
+                 uintptr_t positions, uintptr_t y, int threads) {
+  const EncoderInput input =
+      encoder_input(batch, length, ids, hidden, mask, token_types, positions);
+  PartTimes times{};
+  {
+    py::gil_scoped_release release;
+    run_encoder(encoder, input, reinterpret_cast<float*>(y), threads, &times);
+  }
+  py::dict seconds;
+  for (int i = 0; i < kParts; ++i) seconds[kPartNames[i]] = times.seconds[i];
+  return seconds;
+}
+
 }  // namespace
 
 void register_encoder(py::module_& module) {
@@ -107,23 +145,10 @@ void register_encoder(py::module_& module) {
           arg("features"), arg("norm_first"), arg("layers"), arg("words"),
           arg("positions"), arg("token_types"), arg("embedding_norm"),
           arg("final_norm"))
-      .def(
-          "run",
-          [](const Encoder& encoder, int64_t batch, int64_t length, uintptr_t ids,
-             uintptr_t hidden, uintptr_t mask, uintptr_t token_types,
-             uintptr_t positions, uintptr_t y, int threads) {
-            const EncoderInput input{batch,
-                                     length,
-                                     integers(ids),
-                                     floats(hidden),
-                                     reinterpret_cast<const bool*>(mask),
-                                     integers(token_types),
-                                     integers(positions)};
-            py::gil_scoped_release release;
-            run_encoder(encoder, input, reinterpret_cast<float*>(y), threads);
-          },
-          arg("batch"), arg("length"), arg("ids"), arg("hidden"), arg("mask"),
-          arg("token_types"), arg("positions"), arg("y"), arg("threads"));
+      .def("run", &run, arg("batch"), arg("length"), arg("ids"), arg("hidden"),
+           arg("mask"), arg("token_types"), arg("positions"), arg("y"), arg("threads"))
+      .def("profile", &profile, arg("batch"), arg("length"), arg("ids"), arg("hidden"),
+           arg("mask"), arg("token_types"), arg("positions"), arg("y"), arg("threads"));
 }
 
 }  // namespace pybsp

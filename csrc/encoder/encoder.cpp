@@ -92,24 +92,26 @@ void clear_padding(const EncoderInput& input, int64_t features, float* y) {
 }  // namespace
 
 void run_encoder(const Encoder& encoder, const EncoderInput& input, float* y,
-                 int threads) {
+                 int threads, PartTimes* times) {
+  PartClock clock(times);
   const KeptTokens kept = keep_tokens(input.batch, input.length, input.mask);
   check_input(encoder, input, kept);
   clear_padding(input, encoder.features, y);
   const std::vector<SequenceGroup> shared = groups_for_threads(kept, threads);
   if (shared.empty()) {
     for (const SequenceGroup& group : group_sequences(kept, kGroupTokens)) {
-      GroupRun(encoder, input, kept, group, threads).run(y);
+      GroupRun(encoder, input, kept, group, threads).run(y, clock);
     }
     return;
   }
   std::atomic<size_t> next{0};
   std::atomic<bool> out_of_memory{false};
-  parallel(threads, [&](int, int) {
+  parallel(threads, [&](int thread, int) {
+    PartClock idle(nullptr);
     // Nothing may be thrown out of a parallel region.
     try {
       for (size_t i = next++; i < shared.size(); i = next++) {
-        GroupRun(encoder, input, kept, shared[i], 1).run(y);
+        GroupRun(encoder, input, kept, shared[i], 1).run(y, thread == 0 ? clock : idle);
       }
     } catch (const std::bad_alloc&) {
       out_of_memory = true;

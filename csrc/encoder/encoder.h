@@ -20,6 +20,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "encoder/part_times.h"
 #include "kernels/block_sparse_gemm.h"
 
 namespace pybsp {
@@ -99,8 +100,9 @@ struct EncoderInput {
 
 // y (batch, length, features), zero where there is padding. Throws std::out_of_range
 // for an id, a type or a position that its table does not have, before anything is
-// written, and std::bad_alloc. Safe to call from several threads at once.
+// written, and std::bad_alloc. Safe to call from several threads at once. Adds to
+// `times` where the time went, unless it is null.
 void run_encoder(const Encoder& encoder, const EncoderInput& input, float* y,
-                 int threads);
+                 int threads, PartTimes* times = nullptr);
 
 }  // namespace pybsp

@@ -179,9 +179,11 @@ void GroupRun::for_each_tile(const Share& share, Body body) const {
            });
 }
 
-void GroupRun::run(float* y) {
+void GroupRun::run(float* y, PartClock& clock) {
   std::atomic<bool> out_of_memory{false};
   const auto phases = [&](int thread, int threads) {
+    PartClock idle(nullptr);
+    PartClock& mine = thread == 0 ? clock : idle;
     // All threads read keys and values, and the feed-forward part uses their memory:
     // each phase waits for the one before.
     // Nothing may be thrown out of a parallel region, nor a thread be waited for that
@@ -197,26 +199,28 @@ void GroupRun::run(float* y) {
       }
       if (threads > 1) wait_for_threads();
     };
-    phase([&](const Share& share) { embed(share); });
+    phase([&](const Share& share) { embed(share, mine); });
     for (const EncoderLayer& layer : encoder_.layers) {
-      phase([&](const Share& share) { project(share, layer); });
-      phase([&](const Share& share) { attend(share, layer); });
-      phase([&](const Share& share) { feed_forward(share, layer); });
+      phase([&](const Share& share) { project(share, layer, mine); });
+      phase([&](const Share& share) { attend(share, layer, mine); });
+      phase([&](const Share& share) { feed_forward(share, layer, mine); });
     }
-    phase([&](const Share& share) { store(share, y); });
+    phase([&](const Share& share) { store(share, y, mine); });
   };
   if (shares_.size() == 1) {
     phases(0, 1);
   } else {
     parallel(threads_, phases);
   }
+  clock.enter(Part::rest);
   if (out_of_memory) throw std::bad_alloc();
 }
 
-void GroupRun::embed(const Share& share) const {
+void GroupRun::embed(const Share& share, PartClock& clock) const {
+  clock.enter(Part::embeddings);
   for_each_tile(share,
                 [&](const TokenTile& tile, float* rows) { embed_tile(tile, rows); });
-  if (input_.ids) norm(share, encoder_.embedding_norm, x_, x_);
+  if (input_.ids) norm(share, encoder_.embedding_norm, x_, x_, clock);
 }
 
 // The input of one tile: the sum of the rows of its tokens in the tables, or the rows
@@ -245,8 +249,9 @@ void GroupRun::embed_tile(const TokenTile& tile, float* rows) const {
                    at(x_, tile, 0));
 }
 
-void GroupRun::store(const Share& share, float* y) const {
-  norm(share, encoder_.final_norm, x_, x_);
+void GroupRun::store(const Share& share, float* y, PartClock& clock) const {
+  norm(share, encoder_.final_norm, x_, x_, clock);
+  clock.enter(Part::storing);
   for_each_tile(share,
                 [&](const TokenTile& tile, float* rows) { store_tile(tile, rows, y); });
 }
@@ -284,8 +289,9 @@ void GroupRun::multiply(const Share& share, const EncoderLinear* linears, int64_
 }
 
 void GroupRun::norm(const Share& share, const LayerNorm& norm, const Tiles& x,
-                    const Tiles& y) const {
+                    const Tiles& y, PartClock& clock) const {
   if (!norm.weight) return;
+  clock.enter(Part::norms);
   for_each_tile(share, [&](const TokenTile& tile, float*) {
     isa_.layer_norm(at(x, tile, 0), x.features, tile.vectors, norm.weight, norm.bias,
                     norm.eps, at(y, tile, 0));
@@ -293,11 +299,13 @@ void GroupRun::norm(const Share& share, const LayerNorm& norm, const Tiles& x,
 }
 
 // Query, key and value.
-void GroupRun::project(const Share& share, const EncoderLayer& layer) {
+void GroupRun::project(const Share& share, const EncoderLayer& layer,
+                       PartClock& clock) {
   const SelfAttention& attention = layer.attention;
   const LayerTiles tiles = layer_tiles(layer);
   const bool normed = encoder_.norm_first && layer.attention_norm.weight;
-  if (normed) norm(share, layer.attention_norm, x_, normed_);
+  if (normed) norm(share, layer.attention_norm, x_, normed_, clock);
+  clock.enter(Part::query_key_value);
   multiply(share, attention.projections.data(),
            static_cast<int64_t>(attention.projections.size()), normed ? normed_ : x_,
            Activation::none, nullptr, tiles.qkv);
@@ -355,7 +363,9 @@ void GroupRun::make_bias(const SelfAttention& attention) {
 }
 
 // x += output(context) for the queries in the tiles of the share.
-void GroupRun::attend(const Share& share, const EncoderLayer& layer) const {
+void GroupRun::attend(const Share& share, const EncoderLayer& layer,
+                      PartClock& clock) const {
+  clock.enter(Part::attention);
   const LayerTiles tiles = layer_tiles(layer);
   const int64_t heads = layer.attention.heads;
   const auto mine = [&](const QueryRun& piece) {
@@ -386,10 +396,11 @@ void GroupRun::attend(const Share& share, const EncoderLayer& layer) const {
       }
     }
   });
+  clock.enter(Part::output);
   // Before the next phase, which uses the memory of the contexts of all shares.
   multiply(share, &layer.attention.output, 1, tiles.context, Activation::none, x_.data,
            &x_);
-  if (!encoder_.norm_first) norm(share, layer.attention_norm, x_, x_);
+  if (!encoder_.norm_first) norm(share, layer.attention_norm, x_, x_, clock);
 }
 
 void GroupRun::attend_head(const SelfAttention& attention, const QueryRun& piece,
@@ -436,11 +447,13 @@ void GroupRun::attend_head(const SelfAttention& attention, const QueryRun& piece
 }
 
 // x += down(activation(up x))
-void GroupRun::feed_forward(const Share& share, const EncoderLayer& layer) const {
+void GroupRun::feed_forward(const Share& share, const EncoderLayer& layer,
+                            PartClock& clock) const {
   const LayerTiles tiles = layer_tiles(layer);
   const FeedForward& part = layer.feed_forward;
   const bool normed = encoder_.norm_first && layer.feed_forward_norm.weight;
-  if (normed) norm(share, layer.feed_forward_norm, x_, normed_);
+  if (normed) norm(share, layer.feed_forward_norm, x_, normed_, clock);
+  clock.enter(Part::up);
   multiply(share, &part.up, 1, normed ? normed_ : x_,
            part.gated ? Activation::none : part.activation, nullptr, &tiles.up);
   if (part.gated) {
@@ -450,8 +463,9 @@ void GroupRun::feed_forward(const Share& share, const EncoderLayer& layer) const
                 at(tiles.down, tile, 0));
     });
   }
+  clock.enter(Part::down);
   multiply(share, &part.down, 1, tiles.down, Activation::none, x_.data, &x_);
-  if (!encoder_.norm_first) norm(share, layer.feed_forward_norm, x_, x_);
+  if (!encoder_.norm_first) norm(share, layer.feed_forward_norm, x_, x_, clock);
 }
 
 }  // namespace pybsp

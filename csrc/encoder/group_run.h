@@ -17,8 +17,9 @@ class GroupRun {
   GroupRun(const Encoder& encoder, const EncoderInput& input, const KeptTokens& kept,
            const SequenceGroup& group, int threads);
 
-  // Writes the rows of y that belong to the tokens of the group.
-  void run(float* y);
+  // Writes the rows of y that belong to the tokens of the group. The clock follows the
+  // calling thread.
+  void run(float* y, PartClock& clock);
 
  private:
   // Activations of the group, [tile][feature][lane].
@@ -65,20 +66,21 @@ class GroupRun {
   template <typename Body>
   void for_each_tile(const Share& share, Body body) const;
 
-  void embed(const Share& share) const;
+  void embed(const Share& share, PartClock& clock) const;
   void embed_tile(const TokenTile& tile, float* rows) const;
-  void store(const Share& share, float* y) const;
+  void store(const Share& share, float* y, PartClock& clock) const;
   void store_tile(const TokenTile& tile, float* rows, float* y) const;
-  void project(const Share& share, const EncoderLayer& layer);
-  void attend(const Share& share, const EncoderLayer& layer) const;
+  void project(const Share& share, const EncoderLayer& layer, PartClock& clock);
+  void attend(const Share& share, const EncoderLayer& layer, PartClock& clock) const;
   void attend_head(const SelfAttention& attention, const QueryRun& piece, int64_t head,
                    const LayerTiles& in, KeyRun* runs, float* scratch) const;
-  void feed_forward(const Share& share, const EncoderLayer& layer) const;
+  void feed_forward(const Share& share, const EncoderLayer& layer,
+                    PartClock& clock) const;
   void multiply(const Share& share, const EncoderLinear* linears, int64_t count,
                 const Tiles& x, Activation activation, const float* residual,
                 const Tiles* y) const;
-  void norm(const Share& share, const LayerNorm& norm, const Tiles& x,
-            const Tiles& y) const;
+  void norm(const Share& share, const LayerNorm& norm, const Tiles& x, const Tiles& y,
+            PartClock& clock) const;
   void rotate(const Share& share, const SelfAttention& attention, const Tiles& x,
               int64_t offset) const;
   static bool rotates_by(const SelfAttention& attention, const Rotation& rotation);

@@ -22,6 +22,11 @@ def positive_int(text: str) -> int:
     return value
 
 
+def positive_ints(text: str) -> tuple[int, ...]:
+    """Whole numbers above 0, separated by commas; each is taken once."""
+    return tuple(dict.fromkeys(positive_int(part) for part in text.split(",")))
+
+
 def positive_number(text: str) -> float:
     """A finite number above 0."""
     value = _number(text)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from . import checkpoints
-from .arguments import positive_int, positive_number
+from .arguments import positive_int, positive_ints, positive_number
 from .errors import WorkError
 from .main import Result
 
@@ -16,12 +19,16 @@ from .main import Result
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="a pruned checkpoint")
     parser.add_argument(
-        "--batch", type=positive_int, default=1, metavar="N",
-        help="sequences in the input (default: %(default)s)",
+        "--batch", type=positive_ints, default=(1,), metavar="N,...",
+        help="sequences in the input; several numbers are all tried (default: 1)",
     )  # fmt: skip
     parser.add_argument(
-        "--seq", type=positive_int, default=128, metavar="N",
-        help="tokens in a sequence (default: %(default)s)",
+        "--seq", type=positive_ints, default=(128,), metavar="N,...",
+        help="tokens in a sequence; several numbers are all tried (default: 128)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ragged", action="store_true",
+        help="pad: the first sequence has all tokens, the others from 1 on, at random",
     )  # fmt: skip
     parser.add_argument(
         "--threads", type=positive_int, default=1, metavar="N",
@@ -29,11 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--seconds", type=positive_number, default=6.0, metavar="X",
-        help="time to spend on the comparison, about (default: %(default)s)",
+        help="time to spend on the comparison of one input, about (default: "
+        "%(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--no-onnx", action="store_true",
-        help="leave ONNX Runtime out even when it is installed",
+        help="leave ONNX Runtime and OpenVINO out even when they are installed",
     )  # fmt: skip
 
 
@@ -41,8 +49,7 @@ def run(arguments: argparse.Namespace) -> Result:
     folder = checkpoints.checked_folder(arguments.folder)
     from ..nn.linear import BlockSparseLinear
     from ..nn.pack import pack_
-    from . import environment, measurement
-    from .reporting import latency_table
+    from . import bench_tables, breakdown, environment, measurement
     from .timing import torch_threads
 
     packed = checkpoints.load(folder)
@@ -52,22 +59,57 @@ def run(arguments: argparse.Namespace) -> Result:
         pack_(packed)
     dense = copy.deepcopy(packed)
     dense = dense.dequantize() if hasattr(dense, "hf_quantizer") else unpacked(dense)
-    check_same(dense, packed, arguments.seq)
-    latency = measurement.latency(
-        dense, packed, batch=arguments.batch, sequence=arguments.seq,
-        threads=arguments.threads, seconds=arguments.seconds,
-        onnx=not arguments.no_onnx,
-    )  # fmt: skip
-    with torch_threads(arguments.threads):
-        report = pack_(dense, tokens=arguments.batch * arguments.seq)
+    shapes = list(itertools.product(arguments.batch, arguments.seq))
+    # Before anything takes time.
+    measurement.random_inputs(packed.config, 1, max(arguments.seq))
+    check_same(dense, packed, min(arguments.seq))
+    encoders = breakdown.encoders(packed)
     data: dict[str, Any] = {
         "environment": environment.describe(),
-        "latency": latency,
-        "report": report.to_dict(),
+        "encoders": [asdict(encoder) for encoder in encoders],
+        "memory": breakdown.memory(dense, packed),
+        "measurements": [
+            measure(dense, packed, batch, sequence, arguments)
+            for batch, sequence in shapes
+        ],
     }
-    host = data["environment"]
-    where = f"{host['cpu']}, {host['isa']}; times are medians of interleaved rounds"
-    return Result(data, [latency_table(latency), where, report])
+    batch, sequence = shapes[0]
+    with torch_threads(arguments.threads):
+        report = pack_(dense, tokens=batch * sequence)
+    # Of the model that was timed.
+    report = replace(report, encoders=encoders)
+    data["report"] = report.to_dict()
+    layers = bench_tables.layers_table(report)
+    return Result(data, [*bench_tables.tables(data, encoders), layers])
+
+
+def measure(
+    dense: Any, packed: Any, batch: int, sequence: int, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Everything about one input."""
+    from . import breakdown, measurement
+
+    print(f"timing {batch} x {sequence} tokens ...", file=sys.stderr, flush=True)
+    seconds = arguments.seconds
+    latency = measurement.latency(
+        dense, packed, batch=batch, sequence=sequence, threads=arguments.threads,
+        seconds=seconds, onnx=not arguments.no_onnx, ragged=arguments.ragged,
+    )  # fmt: skip
+    inputs = measurement.random_inputs(dense.config, batch, sequence, arguments.ragged)
+    model, threads = packed.base_model, arguments.threads
+    median_ms = latency["candidates"]["packed"]["median_ms"]
+    try:
+        found = {
+            "floor": breakdown.floor(
+                model, inputs, threads=threads, median_ms=median_ms
+            ),
+            "parts": breakdown.parts(
+                model, inputs, threads=threads, seconds=seconds / 6
+            ),
+        }
+    except breakdown.NotNative as reason:
+        found = {"floor": None, "parts": None, "no_parts": str(reason)}
+    return {**latency, **found}
 
 
 def unpacked(model: Any) -> Any:
@@ -80,15 +122,10 @@ def check_same(dense: Any, packed: Any, sequence: int) -> None:
     """``WorkError`` unless both give the same outputs: nothing wrong gets timed."""
     import torch
 
-    from .measurement import random_inputs
+    from .measurement import difference, random_inputs
 
     inputs = random_inputs(dense.config, 1, sequence)
     with torch.inference_mode():
-        expected, found = dense(**inputs)[0], packed(**inputs)[0]
-    scale = float(expected.abs().max())
-    difference = float((expected - found).abs().max())
-    if not difference <= 1e-3 * max(scale, 1e-6):
-        raise WorkError(
-            "the packed model's output differs from the dense one's by "
-            f"{difference:.3g} (largest value {scale:.3g}); run pybsp check"
-        )
+        wrong = difference(packed(**inputs)[0], dense(**inputs)[0])
+    if wrong:
+        raise WorkError(f"the packed model's {wrong}; run pybsp check")

@@ -11,7 +11,9 @@ import torch
 
 from .. import ops
 
-PACKAGES = ("pybsp", "torch", "transformers", "tokenizers", "numpy", "onnxruntime")
+PACKAGES = (
+    "pybsp", "torch", "transformers", "tokenizers", "numpy", "onnxruntime", "openvino",
+)  # fmt: skip
 
 
 def describe() -> dict[str, Any]:

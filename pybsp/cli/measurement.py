@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from . import onnx_session
+from . import engines
 from .errors import WorkError
 from .timing import interleaved, speedup, torch_threads
 
@@ -80,50 +80,71 @@ def encoder_prefix(layers: Sequence[str]) -> str:
 
 def latency(
     dense: Any, packed: Any, *, batch: int, sequence: int, threads: int, seconds: float,
-    onnx: bool = True,
+    onnx: bool = True, ragged: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Interleaved times of the base models (embeddings and encoder) of two classifiers.
 
-    Inputs are random token ids without padding. ONNX Runtime takes part with the dense
-    model when it is installed and ``onnx`` is set.
+    Inputs are those of ``random_inputs``. With ``onnx`` the dense model also runs in
+    the ``engines`` that are installed. Tokens and what they take are without padding.
+    Raises ``WorkError`` when the packed model's result is not that of the dense one.
     """
-    inputs = random_inputs(dense.config, batch, sequence)
+    inputs = random_inputs(dense.config, batch, sequence, ragged)
     models = {"dense": dense.base_model.eval(), "packed": packed.base_model.eval()}
-    calls: dict[str, Callable[[], object]] = {
-        name: _call(model, inputs) for name, model in models.items()
-    }
-    note = None
-    if onnx and onnx_session.available():
-        try:
-            calls["onnxruntime"] = onnx_session.session(
-                models["dense"], inputs, threads
-            )
-        except Exception as error:
-            # An architecture that the exporter refuses must not stop the measurement.
-            note = f"onnxruntime left out: {type(error).__name__}"
+    calls = {name: _call(model, inputs) for name, model in models.items()}
+    notes = []
     with torch.inference_mode(), torch_threads(threads):
+        expected = calls["dense"]()
+        wrong = difference(calls["packed"](), expected, inputs["attention_mask"])
+        if wrong:
+            raise WorkError(f"the packed model's {wrong}; run pybsp check")
+        if onnx and engines.installed():
+            found, notes = _engines(models["dense"], inputs, threads, expected)
+            calls |= found
         timings = interleaved(calls, seconds=seconds)
+    tokens = int(inputs["attention_mask"].sum())
+    best = min(timings.keys() - {"packed"}, key=lambda name: timings[name].median)
     result: dict[str, Any] = {
         "what": "embeddings and encoder",
         "batch": batch,
         "sequence": sequence,
+        "ragged": ragged,
+        "tokens": tokens,
         "threads": threads,
         "dtype": "float32",
-        "candidates": {name: timing.to_dict() for name, timing in timings.items()},
+        "candidates": {
+            name: {
+                **timing.to_dict(),
+                "sequences_per_s": round(1e3 * batch / timing.median, 2),
+                "tokens_per_s": round(1e3 * tokens / timing.median, 1),
+            }
+            for name, timing in timings.items()
+        },
+        "best_dense": best,
         "speedup": speedup(timings, "dense", "packed"),
+        "speedup_over_best_dense": speedup(timings, best, "packed"),
     }
     if "onnxruntime" in timings:
         result["speedup_over_onnxruntime"] = speedup(timings, "onnxruntime", "packed")
-    if note:
-        result["note"] = note
+    if notes:
+        result["note"] = "; ".join(notes)
     return result
 
 
-def random_inputs(config: Any, batch: int, sequence: int) -> dict[str, torch.Tensor]:
-    """Token ids ``(batch, sequence)`` and a mask of ones.
+def random_inputs(
+    config: Any, batch: int, sequence: int, ragged: bool = False
+) -> dict[str, torch.Tensor]:
+    """Token ids ``(batch, sequence)`` and their mask.
 
-    Raises ``WorkError`` when the model has no room for so many tokens.
+    ``ragged``: the first sequence has all tokens and the others from one token on, as
+    in a batch that is padded to its longest. Raises ``WorkError`` when the model has no
+    room for so many tokens or takes none.
     """
+    words = getattr(config, "vocab_size", None)
+    if words is None:
+        raise WorkError(
+            f"a model of type {config.model_type!r} takes no token ids; only models of "
+            "text can be timed"
+        )
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and sequence > limit:
         raise WorkError(
@@ -131,12 +152,65 @@ def random_inputs(config: Any, batch: int, sequence: int) -> dict[str, torch.Ten
             "too long"
         )
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (batch, sequence), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    ids = torch.randint(0, words, (batch, sequence), generator=generator)
+    lengths = torch.full((batch,), sequence)
+    if ragged:
+        others = torch.randint(1, sequence + 1, (batch - 1,), generator=generator)
+        lengths[1:] = others
+    mask = (torch.arange(sequence) < lengths[:, None]).long()
+    return {"input_ids": ids, "attention_mask": mask}
 
 
-def _call(model: Any, inputs: Mapping[str, torch.Tensor]) -> Callable[[], object]:
-    return lambda: model(**inputs)
+def difference(
+    found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None = None
+) -> str | None:
+    """How much too far two results are from each other, None when they are the same.
+
+    ``mask``: tokens that count.
+    """
+    if mask is not None:
+        found, expected = found[mask != 0], expected[mask != 0]
+    scale = float(expected.abs().max())
+    largest = float((expected - found).abs().max())
+    if largest <= 1e-3 * max(scale, 1e-6):
+        return None
+    return (
+        f"output differs from the dense one's by {largest:.3g} (largest value "
+        f"{scale:.3g})"
+    )
+
+
+def _call(model: Any, inputs: Mapping[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
+    return lambda: model(**inputs)[0]
+
+
+def _engines(
+    model: Any,
+    inputs: Mapping[str, torch.Tensor],
+    threads: int,
+    expected: torch.Tensor,
+) -> tuple[dict[str, engines.Call], list[str]]:
+    """Calls of the dense ``model`` in other engines, and why some are left out."""
+    calls: dict[str, engines.Call] = {}
+    notes = []
+    names = engines.installed()
+    # What the exporter or an engine refuses must not stop the measurement.
+    try:
+        exported = engines.export(model, inputs)
+    except Exception as error:
+        return {}, [f"{', '.join(names)} left out: {type(error).__name__}"]
+    for name in names:
+        try:
+            call = engines.ENGINES[name](exported, inputs, threads)
+            result = torch.from_numpy(call())
+            wrong = difference(result, expected, inputs["attention_mask"])
+        except Exception as error:
+            wrong = type(error).__name__
+        if wrong:
+            notes.append(f"{name} left out: {wrong}")
+        else:
+            calls[name] = call
+    return calls, notes
 
 
 def _tensor_bytes(file: Path, prefix: str) -> int:

@@ -47,32 +47,11 @@ def results_table(results: Mapping[str, Any]) -> Table:
     )
     table.add_row(
         f"latency ({latency['batch']} x {latency['sequence']} tokens, "
-        f"{_threads(latency['threads'])})",
+        f"{threads_text(latency['threads'])})",
         f"{dense_ms:.2f} ms",
         f"{packed_ms:.2f} ms",
         f"{latency['speedup']['median']:.2f}x faster",
     )
-    return table
-
-
-def latency_table(latency: Mapping[str, Any]) -> Table:
-    """Every candidate of an interleaved timing, fastest against dense last."""
-    table = Table(
-        title=f"{latency['what']}, batch {latency['batch']} x {latency['sequence']} "
-        f"tokens, {_threads(latency['threads'])}",
-        title_justify="left",
-    )
-    for heading in ("", "median ms", "best ms", "p95 ms", "vs dense"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    dense = latency["candidates"]["dense"]["median_ms"]
-    for name, timing in latency["candidates"].items():
-        table.add_row(
-            name,
-            f"{timing['median_ms']:.2f}",
-            f"{timing['best_ms']:.2f}",
-            f"{timing['p95_ms']:.2f}",
-            f"{dense / timing['median_ms']:.2f}x",
-        )
     return table
 
 
@@ -203,7 +182,7 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB"
 
 
-def _threads(count: int) -> str:
+def threads_text(count: int) -> str:
     return "1 thread" if count == 1 else f"{count} threads"
 
 

@@ -110,7 +110,7 @@ class PackReport:
     def __rich__(self) -> Table:
         from rich.table import Table
 
-        table = Table(caption=self._summary(), caption_justify="left")
+        table = Table(caption=self.summary(), caption_justify="left")
         table.add_column("layer", overflow="fold")
         for heading in ("shape", "block", "density", "dense us", "packed us", "gain"):
             table.add_column(heading, justify="right", no_wrap=True)
@@ -136,7 +136,8 @@ class PackReport:
         Console(file=text, width=140, no_color=True).print(self)
         return text.getvalue().rstrip()
 
-    def _summary(self) -> str:
+    def summary(self) -> str:
+        """What became of the layers, neurons and heads, and the encoders, in lines."""
         ratio = self.packed_bytes / self.dense_bytes if self.dense_bytes else 1.0
         layers = (
             f"{len(self.packed)} of {len(self.layers)} linear layers packed, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,6 +73,39 @@ class Encoder:
 
         ``IndexError`` for a row that a table does not have.
         """
+        inputs = (ids, hidden, mask, token_types, positions)
+        y, _ = self._compute(self._native.run, *inputs)
+        return y
+
+    def profile(
+        self,
+        ids: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        token_types: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """The result of a call, and the seconds that each part of it took.
+
+        The parts are sums over the layers and together the whole native call:
+        ``embeddings``, ``query_key_value`` with rotations, ``attention``, ``output``
+        (its projection), ``norms``, ``up`` with the activation, ``down``, ``storing``
+        and the ``rest``, such as dividing the tokens. With several threads it is the
+        time of the calling one, waits included.
+        """
+        inputs = (ids, hidden, mask, token_types, positions)
+        return self._compute(self._native.profile, *inputs)
+
+    def _compute(
+        self,
+        native: Callable[..., Any],
+        ids: torch.Tensor | None,
+        hidden: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        token_types: torch.Tensor | None,
+        positions: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, Any]:
+        """The hidden states, and what ``native`` returns."""
         spec = self.spec
         if spec.embeddings is None:
             source = _input("hidden", hidden, "ids", ids, torch.float32)
@@ -87,7 +121,7 @@ class Encoder:
         )
         y = torch.empty(batch, length, spec.features, dtype=torch.float32, device="cpu")
         address = source.data_ptr()
-        self._native.run(
+        result = native(
             batch, length,
             0 if spec.embeddings is None else address,
             address if spec.embeddings is None else 0,
@@ -96,7 +130,7 @@ class Encoder:
             0 if positions is None else positions.data_ptr(),
             y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        return y
+        return y, result
 
     def _layer(self, name: str, spec: LayerSpec) -> Any:
         return _core.EncoderLayer(

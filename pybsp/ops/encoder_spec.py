@@ -6,6 +6,7 @@ weight that is changed in place is seen by the next call.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,3 +93,38 @@ class EncoderSpec:
     norm_first: bool = False
     embeddings: EmbeddingsSpec | None = None
     final_norm: NormSpec | None = None
+
+    def multiply_adds(self, lengths: Iterable[int]) -> int:
+        """Of all kept weights, and of attention, for sequences of so many tokens."""
+        weights = sum(_kept(linear.weight) for linear in self._linears())
+        return sum(
+            weights * length
+            + sum(
+                2 * _pairs(length, layer.attention.window) * _width(layer.attention)
+                for layer in self.layers
+            )
+            for length in lengths
+        )
+
+    def _linears(self) -> Iterator[LinearSpec]:
+        for layer in self.layers:
+            yield from layer.attention.projections
+            yield layer.attention.output
+            yield layer.feed_forward.up
+            yield layer.feed_forward.down
+
+
+def _kept(weight: Any) -> int:
+    """Weights that are multiplied: of whole blocks, zeros within them too."""
+    values = weight if isinstance(weight, torch.Tensor) else weight.values
+    return int(values.numel())
+
+
+def _width(attention: AttentionSpec) -> int:
+    return int(attention.output.weight.shape[1])
+
+
+def _pairs(length: int, window: int | None) -> int:
+    """Queries and keys that see each other."""
+    beyond = 0 if window is None else max(length - 1 - window, 0)
+    return length * length - beyond * (beyond + 1)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pybsp.cli import glue, models, onnx_session, small_bert
+from pybsp.cli import engines, glue, models, small_bert
 from pybsp.cli.main import main
 
 GOOD = ("good", "great", "fine", "lovely")
@@ -55,7 +55,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 def without_onnx():
     """Exporting takes seconds; the test of it calls the exporter itself."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_session, "available", lambda: False)
+        patch.setattr(engines, "installed", lambda: ())
         yield
 
 

@@ -24,7 +24,7 @@ def test_help_names_every_command(cli):
          "--max-train-samples --threads --dense-checkpoint --save-dense --resume "
          "--distill --schedule --seconds --json"),
         ("quickstart", "--out --from-scratch --seed --threads --json"),
-        ("bench", "DIR --batch --seq --threads --no-onnx --json"),
+        ("bench", "DIR --batch --seq --ragged --threads --no-onnx --json"),
         ("check", "DIR --tokens --json"),
         ("pack", "DIR --out --block-shape --json"),
     ],
@@ -54,6 +54,7 @@ def test_version_names_pybsp_torch_and_isa(cli):
         ("bench",),
         ("bench", "x", "--thread", "1"),
         ("bench", "x", "--batch", "0"),
+        ("bench", "x", "--seq", "16,,32"),
         ("bench", "x", "--seconds", "nan"),
         ("check", "x", "--tokens", "many"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -360,3 +361,83 @@ def test_a_copy_computes_with_its_own_weights():
     one.spec.layers[0].feed_forward.up.weight.zero_()
     assert same_bits(other(ids), expected)
     assert not torch.equal(one(ids), expected)
+
+
+PARTS = {
+    "embeddings", "query_key_value", "attention", "output", "norms", "up", "down",
+    "storing", "rest",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 12])
+def test_parts_add_up_to_the_native_call(batch, threads):
+    encoder = ops.Encoder(spec(layers=4))
+    ids = torch.randint(0, WORDS, (batch, 100))
+    torch.set_num_threads(threads)
+    expected = encoder(ids)
+    covered = []
+    for _ in range(10):
+        start = time.perf_counter()
+        y, seconds = encoder.profile(ids)
+        whole = time.perf_counter() - start
+        assert same_bits(y, expected)
+        assert set(seconds) == PARTS
+        assert all(value > 0 for value in seconds.values())
+        assert sum(seconds.values()) <= whole
+        covered.append(sum(seconds.values()) / whole)
+    # The clock runs from the beginning of the native call to its end.
+    assert max(covered) > 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_that_an_architecture_does_not_have_take_nothing(kind):
+    one = spec(**KINDS[kind])
+    if one.norm_first:
+        bare = [
+            replace(layer, attention_norm=None, feed_forward_norm=None)
+            for layer in one.layers
+        ]
+        one = replace(one, layers=tuple(bare), final_norm=None)
+        if one.embeddings is not None:
+            one = replace(one, embeddings=replace(one.embeddings, norm=None))
+    x = (
+        {"hidden": torch.randn(2, 30, FEATURES)}
+        if one.embeddings is None
+        else {"ids": torch.randint(0, WORDS, (2, 30))}
+    )
+    _, seconds = ops.Encoder(one).profile(**x)
+    assert (seconds.pop("norms") == 0) == one.norm_first
+    assert all(value > 0 for value in seconds.values())
+
+
+def test_what_a_call_refuses_a_profile_refuses():
+    encoder = ops.Encoder(spec())
+    with pytest.raises(IndexError, match="words"):
+        encoder.profile(torch.full((1, 3), WORDS))
+    with pytest.raises(ValueError, match="give ids"):
+        encoder.profile(hidden=torch.randn(1, 3, FEATURES))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_multiply_adds_are_those_of_kept_weights_and_visible_pairs(kind):
+    one = spec(**KINDS[kind])
+    lengths = (1, 7, 8, 30)
+    expected = 0
+    for layer in one.layers:
+        attention, part = layer.attention, layer.feed_forward
+        for linear in (*attention.projections, attention.output, part.up, part.down):
+            dense = linear.weight
+            if not isinstance(dense, torch.Tensor):
+                dense = dense.to_dense()
+            # Random weights: only what is in no block is zero.
+            expected += int((dense != 0).sum()) * sum(lengths)
+        for length in lengths:
+            at = torch.arange(length)
+            distance = (at[:, None] - at).abs()
+            seen = distance <= (
+                length if attention.window is None else attention.window
+            )
+            width = attention.output.weight.shape[1]
+            expected += 2 * width * int(seen.sum())
+    assert one.multiply_adds(lengths) == expected

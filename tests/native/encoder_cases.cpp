@@ -42,7 +42,8 @@ class EncoderCase {
   }
   pybsp::EncoderLinear linear(int64_t out, int64_t in);
   pybsp::LayerNorm norm();
-  std::vector<float> run(const pybsp::EncoderInput& input, int threads) const;
+  std::vector<float> run(const pybsp::EncoderInput& input, int threads,
+                         pybsp::PartTimes* times = nullptr) const;
 
   Architecture kind_;
   Random random_{77};
@@ -110,11 +111,11 @@ EncoderCase::EncoderCase(const Architecture& kind) : kind_(kind) {
   if (kind.norm_first) encoder_.final_norm = norm();
 }
 
-std::vector<float> EncoderCase::run(const pybsp::EncoderInput& input,
-                                    int threads) const {
+std::vector<float> EncoderCase::run(const pybsp::EncoderInput& input, int threads,
+                                    pybsp::PartTimes* times) const {
   std::vector<float> y(static_cast<size_t>(input.batch * input.length * kFeatures),
                        std::nanf(""));
-  pybsp::run_encoder(encoder_, input, y.data(), threads);
+  pybsp::run_encoder(encoder_, input, y.data(), threads, times);
   return y;
 }
 
@@ -317,6 +318,9 @@ void EncoderCase::check(Report& report, int64_t batch, int64_t length,
   for (const int threads : {2, 3, 8}) {
     report.same_bits(what + " on " + std::to_string(threads) + " threads", y.data(),
                      run(input, threads).data(), floats, kFeatures);
+    pybsp::PartTimes times{};
+    report.same_bits(what + ", timed, on " + std::to_string(threads) + " threads",
+                     y.data(), run(input, threads, &times).data(), floats, kFeatures);
   }
   // The last row of the batch, alone.
   const int64_t last = (batch - 1) * length;

@@ -110,6 +110,21 @@ class FusedForward:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
+    @property
+    def spec(self) -> EncoderSpec:
+        """What is computed; ``Deviation`` where that is up to the stock modules."""
+        return self._current().reading.spec
+
+    def profile(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, float]]:
+        """The result of a call and the seconds of its native part, by part as in
+        ``ops.Encoder.profile``; ``Deviation`` where the stock modules would compute."""
+        if self._model.training:
+            raise Deviation("it is in training")
+        bound = self._current()
+        inputs = bound.reading.inputs(self._model, *args, **kwargs)
+        y, seconds = bound.encoder.profile(*inputs)
+        return self._output(bound, y), seconds
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model
         # What expects to see operators gets the stock forward, as in ops.linear.
@@ -128,13 +143,16 @@ class FusedForward:
         except Deviation as deviation:
             self._tell(deviation)
             return type(model).forward(model, *args, **kwargs)
-        hidden, reading = inputs[1], bound.reading
+        hidden = inputs[1]
         if hidden is not None and hidden.requires_grad:
             return type(model).forward(model, *args, **kwargs)
-        y = bound.encoder(*inputs)
+        return self._output(bound, bound.encoder(*inputs))
+
+    def _output(self, bound: Bound, y: torch.Tensor) -> Any:
+        reading = bound.reading
         if not reading.pools:
             return reading.output(last_hidden_state=y)
-        pooler = model._modules.get("pooler")
+        pooler = self._model._modules.get("pooler")
         pooled = None if pooler is None else pooler(y)
         return reading.output(last_hidden_state=y, pooler_output=pooled)
 

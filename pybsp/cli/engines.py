@@ -1,4 +1,4 @@
-"""The dense model in ONNX Runtime, as a peer to time against."""
+"""Other engines that run the dense model, exported to ONNX: peers to time against."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+Call = Callable[[], Any]
 
-def available() -> bool:
-    """Whether both ``onnx`` and ``onnxruntime`` are installed."""
-    return all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"))
+
+def installed() -> tuple[str, ...]:
+    """Those of ``ENGINES`` that are installed, and with them ``onnx`` to export."""
+    if importlib.util.find_spec("onnx") is None:
+        return ()
+    return tuple(name for name in ENGINES if importlib.util.find_spec(name))
 
 
 class _Outputs(nn.Module):
@@ -32,15 +36,11 @@ class _Outputs(nn.Module):
         return first
 
 
-def session(
-    model: Any, inputs: Mapping[str, torch.Tensor], threads: int
-) -> Callable[[], Any]:
-    """A call of the exported ``model`` on ``inputs``; returns the first output.
+def export(model: Any, inputs: Mapping[str, torch.Tensor]) -> bytes:
+    """``model`` as ONNX, for inputs of these shapes; its result is the first output.
 
     ``model`` is a dense transformers model; it is left as it was.
     """
-    import onnxruntime
-
     names = tuple(inputs)
     buffer = io.BytesIO()
     attention = getattr(model.config, "_attn_implementation", None)
@@ -67,16 +67,52 @@ def session(
     finally:
         if attention and hasattr(model, "set_attn_implementation"):
             model.set_attn_implementation(attention)
+    return buffer.getvalue()
+
+
+def _onnxruntime(
+    exported: bytes, inputs: Mapping[str, torch.Tensor], threads: int
+) -> Call:
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     runner = onnxruntime.InferenceSession(
-        buffer.getvalue(), options, providers=["CPUExecutionProvider"]
+        exported, options, providers=["CPUExecutionProvider"]
     )
-    feeds = {
-        name: value.numpy()
-        for name, value in inputs.items()
-        if name in {node.name for node in runner.get_inputs()}
-    }
+    names = {node.name for node in runner.get_inputs()}
+    feeds = {name: value.numpy() for name, value in inputs.items() if name in names}
     return lambda: runner.run(None, feeds)[0]
+
+
+def _openvino(
+    exported: bytes, inputs: Mapping[str, torch.Tensor], threads: int
+) -> Call:
+    import openvino
+
+    core = openvino.Core()
+    compiled = core.compile_model(
+        core.read_model(io.BytesIO(exported)),
+        "CPU",
+        {
+            "INFERENCE_NUM_THREADS": threads,
+            # Otherwise bfloat16 where the CPU has AMX.
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+            # It would pin the calling thread for every candidate.
+            "ENABLE_CPU_PINNING": False,
+        },
+    )
+    request = compiled.create_infer_request()
+    names = {name for node in compiled.inputs for name in node.names}
+    feeds = {name: value.numpy() for name, value in inputs.items() if name in names}
+    return lambda: request.infer(feeds, share_inputs=True, share_outputs=True)[0]
+
+
+#: Who runs an exported model: ``(exported, inputs, threads)`` to a call of it.
+ENGINES: dict[str, Callable[[bytes, Mapping[str, torch.Tensor], int], Call]] = {
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+}

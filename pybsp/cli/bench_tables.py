@@ -1,0 +1,185 @@
+"""What ``pybsp bench`` found, for the terminal."""
+
+from __future__ import annotations
+
+import re
+import statistics
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from ..nn.report import EncoderReport, LayerReport, PackReport
+from .breakdown import PARTS
+from .reporting import megabytes, threads_text
+
+Row = Mapping[str, Any]
+
+#: Candidate -> how a table calls it.
+NAMES = {"dense": "torch dense"}
+
+
+def tables(
+    data: Mapping[str, Any], encoders: Sequence[EncoderReport]
+) -> Iterator[Table | Text]:
+    """Times, the floor, the parts, memory and what ran, in this order."""
+    rows, host = data["measurements"], data["environment"]
+    one = len(rows) == 1
+    yield candidates_table(rows[0]) if one else shapes_table(rows)
+    yield from map(Text, dict.fromkeys(row["note"] for row in rows if "note" in row))
+    if rows[0]["floor"]:
+        yield from (Text(floor_line(row, one)) for row in rows)
+        yield parts_table(rows)
+    else:
+        reasons = [str(one) for one in encoders if not one.native]
+        why = "; ".join(reasons or [rows[0]["no_parts"]])
+        yield Text(f"No times by part and no arithmetic floor: {why}.")
+    yield Text(memory_line(data["memory"]))
+    yield Text(
+        f"{host['cpu']}, {host['isa']}; times are medians of interleaved rounds."
+    )
+
+
+def candidates_table(row: Row) -> Table:
+    """The candidates on one input."""
+    table = Table(title=f"{_what(row)}, {_shape(row)} tokens", title_justify="left")
+    table.add_column("")
+    _add_columns(
+        table, "median ms", "p95 ms", "sequences/s", "tokens/s", "packed is"
+    )  # fmt: skip
+    packed = row["candidates"]["packed"]["median_ms"]
+    for name, timing in row["candidates"].items():
+        gain = f"{timing['median_ms'] / packed:.2f}x faster" if name != "packed" else ""
+        table.add_row(
+            NAMES.get(name, name),
+            f"{timing['median_ms']:.2f}",
+            f"{timing['p95_ms']:.2f}",
+            _rate(timing["sequences_per_s"]),
+            _rate(timing["tokens_per_s"]),
+            gain,
+        )
+    return table
+
+
+def shapes_table(rows: Sequence[Row]) -> Table:
+    """One row for each input."""
+    first = rows[0]
+    table = Table(
+        title=f"{_what(first)}; ms: median / p95",
+        title_justify="left",
+        caption="gain: median of the fastest dense candidate over that of packed",
+        caption_justify="left",
+    )
+    table.add_column("input", no_wrap=True)
+    names = list(dict.fromkeys(name for row in rows for name in row["candidates"]))
+    names.sort(key=lambda name: name != "packed")
+    _add_columns(table, *(f"{NAMES.get(name, name)} ms" for name in names))
+    _add_columns(table, "gain", "sequences/s", "tokens/s")
+    for row in rows:
+        found = row["candidates"]
+        table.add_row(
+            _shape(row),
+            *(_times(found[name]) if name in found else "-" for name in names),
+            f"{row['speedup_over_best_dense']['median']:.2f}x",
+            _rate(found["packed"]["sequences_per_s"]),
+            _rate(found["packed"]["tokens_per_s"]),
+        )
+    return table
+
+
+def floor_line(row: Row, alone: bool) -> str:
+    floor = row["floor"]
+    return (
+        ("" if alone else f"{_shape(row)}: ")
+        + f"arithmetic floor {floor['ms']:.2f} ms at {floor['peak_gflops']:.0f} "
+        f"GFLOP/s: {floor['times_floor']:.2f}x"
+    )
+
+
+def parts_table(rows: Sequence[Row]) -> Table:
+    """The parts of a call of the packed model: milliseconds where there is one input,
+    and the share of each."""
+    one = len(rows) == 1
+    table = Table(
+        title="packed, share of the time by part",
+        title_justify="left",
+        show_footer=True,
+    )
+    totals = [sum(row["parts"]["ms"].values()) for row in rows]
+    table.add_column("part", footer="all" if one else "all, ms")
+    if one:
+        table.add_column("ms", justify="right", footer=f"{totals[0]:.3f}")
+    for row, total in zip(rows, totals, strict=True):
+        title, footer = ("share", "") if one else (_shape(row), f"{total:.2f}")
+        table.add_column(title, justify="right", footer=footer)
+    for name, text in PARTS.items():
+        shares = [f"{100 * row['parts']['share'][name]:.1f} %" for row in rows]
+        times = [f"{rows[0]['parts']['ms'][name]:.3f}"] if one else []
+        table.add_row(text, *times, *shares)
+    return table
+
+
+def layers_table(report: PackReport) -> Table:
+    """The layers alone: those that differ in their numbers only are one row."""
+    kinds: dict[tuple[Any, ...], list[LayerReport]] = {}
+    for layer in report.layers:
+        name = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", layer.name)
+        key = (name, layer.shape, layer.block_shape, layer.packed, layer.reason)
+        kinds.setdefault(key, []).append(layer)
+    table = Table(
+        title=f"each layer alone, {report.tokens} tokens, predicted",
+        title_justify="left",
+        caption=report.summary(),
+        caption_justify="left",
+    )
+    table.add_column("layers", overflow="fold")
+    _add_columns(table, "", "shape", "density", "dense us", "packed us", "gain")
+    for (name, shape, _, packed, reason), layers in kinds.items():
+        values = [
+            [getattr(layer, field) for layer in layers]
+            for field in ("dense_us", "sparse_us", "gain")
+        ]
+        table.add_row(
+            name if packed else f"{name} (dense: {reason})",
+            f"{len(layers)} x" if len(layers) > 1 else "",
+            "{}x{}".format(*shape),
+            f"{statistics.mean(layer.density for layer in layers):.3f}",
+            *(
+                "-" if None in found else format(statistics.median(found), spec)
+                for found, spec in zip(values, (".0f", ".0f", ".2f"), strict=True)
+            ),
+        )
+    return table
+
+
+def memory_line(memory: Mapping[str, int]) -> str:
+    packed, dense = (memory[f"{form}_weight_bytes"] for form in ("packed", "dense"))
+    return (
+        f"weights in memory: packed {megabytes(packed)}, dense {megabytes(dense)} "
+        f"({packed / dense:.2f}x)"
+    )
+
+
+def _what(row: Row) -> str:
+    return f"{row['what']}, {threads_text(row['threads'])}"
+
+
+def _shape(row: Row) -> str:
+    padded = f"{row['batch']} x {row['sequence']}"
+    full = row["batch"] * row["sequence"]
+    return padded if row["tokens"] == full else f"{padded}, {row['tokens']} real"
+
+
+def _times(timing: Mapping[str, float]) -> str:
+    return f"{timing['median_ms']:.2f} / {timing['p95_ms']:.2f}"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _add_columns(table: Table, *headings: str) -> None:
+    for heading in headings:
+        table.add_column(heading, justify="right")
