@@ -10,11 +10,10 @@
 // token's result depends on its sequence alone, not on the batch around it nor on the
 // number of threads.
 //
-// Working memory belongs to the threads and is kept for their next call: for each token
-// of a group, of at most about 256 tokens or one sequence, features + max(3 x the width
-// of attention, that of the feed-forward part) floats, twice the features where the
-// norm comes first; for each thread three rows of scores as long as a sequence, times
-// lanes.
+// Working memory belongs to the threads and is kept for their next call. For each token
+// of a group, of about 256 tokens or one sequence: features, twice where the norm comes
+// first, and the larger of 3 x the width of attention and that of the feed-forward part,
+// in floats. For each thread: the widest tile of features, or of the scores of one head.
 #pragma once
 
 #include <cstdint>

@@ -2,12 +2,14 @@
 // One group of sequences on its way through an encoder.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "encoder/encoder.h"
 #include "encoder/token_runs.h"
 #include "kernels/attention.h"
 #include "kernels/variants.h"
+#include "runtime/threads.h"
 
 namespace pybsp {
 
@@ -110,5 +112,19 @@ class GroupRun {
   int64_t bias_stride_ = 0;
   mutable std::vector<KeyRun> key_runs_;  // most_runs_ for each thread
 };
+
+// body(tile, working memory of its thread)
+template <typename Body>
+void GroupRun::for_each_tile(const Share& share, Body body) const {
+  const int64_t count = static_cast<int64_t>(share.last - share.first);
+  parallel(static_cast<int>(std::min<int64_t>(share.threads, count)),
+           [&](int thread, int threads) {
+             const Range mine = pybsp::share(count, thread, threads);
+             for (int64_t i = mine.first; i < mine.last; ++i) {
+               body(tiles_[share.first + static_cast<size_t>(i)],
+                    thread_scratch_ + (share.thread + thread) * thread_floats_);
+             }
+           });
+}
 
 }  // namespace pybsp
