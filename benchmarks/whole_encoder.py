@@ -228,7 +228,15 @@ def check(what: str, found: torch.Tensor, expected: torch.Tensor) -> None:
 
 def summary(data: dict[str, Any]) -> Summary:
     names = list(dict.fromkeys(name for row in data["rows"] for name in row["speedup"]))
-    head = ["model", "block", "sparsity", "batch", "ms", "over the floor", *names]
+    head = [
+        "model",
+        "block",
+        "sparsity",
+        "batch x tokens",
+        "ms",
+        "over the floor",
+        *names,
+    ]
     rows = [
         [
             row["model"],
