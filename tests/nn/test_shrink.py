@@ -263,8 +263,10 @@ def test_saved_and_loaded(kind: str, tmp_path: Any) -> None:
     for folder in ("dense model", "packed model", "stock call"):
         loaded = AutoModel.from_pretrained(tmp_path / folder)
         assert_same(output(loaded), expected)
+        if folder == "stock call" and not packed_layers(loaded):
+            continue  # it asks whether packed is faster, and here dense may be
         assert packed_layers(loaded)
-        if folder != "stock call":  # which asks whether packed is faster
+        if folder != "stock call":
             inner = {n: m for n, m in loaded.named_modules()}
             for entry in report.removed:
                 chain = next(
