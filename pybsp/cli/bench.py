@@ -99,12 +99,12 @@ def measure(
     model, threads = packed.base_model, arguments.threads
     median_ms = latency["candidates"]["packed"]["median_ms"]
     try:
-        found = {
+        found: dict[str, Any] = {
             "floor": breakdown.floor(
                 model, inputs, threads=threads, median_ms=median_ms
             ),
             "parts": breakdown.parts(
-                model, inputs, threads=threads, seconds=seconds / 6
+                model, inputs, dense.base_model, threads=threads, seconds=seconds / 4
             ),
         }
     except breakdown.NotNative as reason:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import statistics
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,10 +26,15 @@ def tables(
     """Times, the floor, the parts, memory and what ran, in this order."""
     rows, host = data["measurements"], data["environment"]
     one = len(rows) == 1
-    yield candidates_table(rows[0]) if one else shapes_table(rows)
+    if one:
+        yield candidates_table(rows[0])
+    else:
+        yield latency_table(rows)
+        yield throughput_table(rows)
     yield from map(Text, dict.fromkeys(row["note"] for row in rows if "note" in row))
     if rows[0]["floor"]:
-        yield from (Text(floor_line(row, one)) for row in rows)
+        if one:
+            yield Text(floor_line(rows[0]))
         yield parts_table(rows)
     else:
         reasons = [str(one) for one in encoders if not one.native]
@@ -44,7 +48,11 @@ def tables(
 
 def candidates_table(row: Row) -> Table:
     """The candidates on one input."""
-    table = Table(title=f"{_what(row)}, {_shape(row)} tokens", title_justify="left")
+    padded = row["batch"] * row["sequence"] - row["tokens"]
+    title = f"{_what(row)}, {_shape(row)} tokens"
+    if padded:
+        title += f", {padded} of them padding"
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     _add_columns(
         table, "median ms", "p95 ms", "sequences/s", "tokens/s", "packed is"
@@ -63,37 +71,55 @@ def candidates_table(row: Row) -> Table:
     return table
 
 
-def shapes_table(rows: Sequence[Row]) -> Table:
-    """One row for each input."""
-    first = rows[0]
-    table = Table(
-        title=f"{_what(first)}; ms: median / p95",
-        title_justify="left",
-        caption="gain: median of the fastest dense candidate over that of packed",
-        caption_justify="left",
-    )
-    table.add_column("input", no_wrap=True)
+def latency_table(rows: Sequence[Row]) -> Table:
+    """The candidates on several inputs."""
     names = list(dict.fromkeys(name for row in rows for name in row["candidates"]))
     names.sort(key=lambda name: name != "packed")
-    _add_columns(table, *(f"{NAMES.get(name, name)} ms" for name in names))
-    _add_columns(table, "gain", "sequences/s", "tokens/s")
+    table = Table(title=f"{_what(rows[0])}: median / p95 ms", title_justify="left")
+    table.add_column("input", no_wrap=True)
+    _add_columns(table, *(NAMES.get(name, name) for name in names))
     for row in rows:
         found = row["candidates"]
         table.add_row(
             _shape(row),
             *(_times(found[name]) if name in found else "-" for name in names),
-            f"{row['speedup_over_best_dense']['median']:.2f}x",
-            _rate(found["packed"]["sequences_per_s"]),
-            _rate(found["packed"]["tokens_per_s"]),
         )
     return table
 
 
-def floor_line(row: Row, alone: bool) -> str:
+def throughput_table(rows: Sequence[Row]) -> Table:
+    """The packed model on several inputs."""
+    floors = [row["floor"] for row in rows]
+    title = "packed"
+    if floors[0]:
+        title += f", floor at {floors[0]['peak_gflops']:.0f} GFLOP/s"
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption="gain: over the fastest dense candidate",
+        caption_justify="left",
+    )
+    table.add_column("input", no_wrap=True)
+    _add_columns(table, "tokens", "sequences/s", "tokens/s", "gain", "floor ms")
+    _add_columns(table, "time/floor")
+    for row, floor in zip(rows, floors, strict=True):
+        packed = row["candidates"]["packed"]
+        table.add_row(
+            _shape(row),
+            f"{row['tokens']:,}",
+            _rate(packed["sequences_per_s"]),
+            _rate(packed["tokens_per_s"]),
+            f"{row['speedup_over_best_dense']['median']:.2f}x",
+            f"{floor['ms']:.2f}" if floor else "-",
+            f"{floor['times_floor']:.2f}x" if floor else "-",
+        )
+    return table
+
+
+def floor_line(row: Row) -> str:
     floor = row["floor"]
     return (
-        ("" if alone else f"{_shape(row)}: ")
-        + f"arithmetic floor {floor['ms']:.2f} ms at {floor['peak_gflops']:.0f} "
+        f"arithmetic floor {floor['ms']:.2f} ms at {floor['peak_gflops']:.0f} "
         f"GFLOP/s: {floor['times_floor']:.2f}x"
     )
 
@@ -167,13 +193,16 @@ def _what(row: Row) -> str:
 
 
 def _shape(row: Row) -> str:
-    padded = f"{row['batch']} x {row['sequence']}"
-    full = row["batch"] * row["sequence"]
-    return padded if row["tokens"] == full else f"{padded}, {row['tokens']} real"
+    return f"{row['batch']} x {row['sequence']}"
 
 
 def _times(timing: Mapping[str, float]) -> str:
-    return f"{timing['median_ms']:.2f} / {timing['p95_ms']:.2f}"
+    return f"{_three(timing['median_ms'])} / {_three(timing['p95_ms'])}"
+
+
+def _three(value: float) -> str:
+    """Three digits that matter, or all before the point."""
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
 def _rate(value: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -54,11 +54,18 @@ def native_forward(model: Any) -> FusedForward:
 
 
 def parts(
-    model: Any, inputs: Mapping[str, torch.Tensor], *, threads: int, seconds: float
+    model: Any,
+    inputs: Mapping[str, torch.Tensor],
+    between: Callable[..., object],
+    *,
+    threads: int,
+    seconds: float,
 ) -> dict[str, Any]:
     """Milliseconds and share of each of ``PARTS``, medians over calls of a base model.
 
-    ``outside`` is Python, the pooler and what else torch does. Raises ``NotNative``.
+    ``outside`` is Python, the pooler and what else torch does. ``between`` is
+    called in turn, with the same inputs: a call right after its like would find caches
+    warm that the timed one does not. Raises ``NotNative``.
     """
     forward = native_forward(model)
     calls: list[dict[str, float]] = []
@@ -67,6 +74,7 @@ def parts(
         with torch.inference_mode(), torch_threads(threads):
             forward.profile(**inputs)
             while len(calls) < 5 or (time.perf_counter() < stop and len(calls) < 200):
+                between(**inputs)
                 started = time.perf_counter()
                 found = forward.profile(**inputs)[1]
                 whole = time.perf_counter() - started

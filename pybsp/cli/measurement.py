@@ -91,7 +91,7 @@ def latency(
     inputs = random_inputs(dense.config, batch, sequence, ragged)
     models = {"dense": dense.base_model.eval(), "packed": packed.base_model.eval()}
     calls = {name: _call(model, inputs) for name, model in models.items()}
-    notes = []
+    notes: list[str] = []
     with torch.inference_mode(), torch_threads(threads):
         expected = calls["dense"]()
         wrong = difference(calls["packed"](), expected, inputs["attention_mask"])

@@ -323,7 +323,9 @@ def test_parts_add_up_to_the_native_call(batch, threads):
         whole = time.perf_counter() - start
         assert same_bits(y, expected)
         assert set(seconds) == PARTS
-        assert all(value > 0 for value in seconds.values())
+        # Of several threads the calling one may find all groups taken.
+        least = 0.0 if threads > 1 else 1e-9
+        assert all(value >= least for value in seconds.values())
         assert sum(seconds.values()) <= whole
         covered.append(sum(seconds.values()) / whole)
     # The clock runs from the beginning of the native call to its end.
