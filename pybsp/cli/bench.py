@@ -47,8 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Result:
     folder = checkpoints.checked_folder(arguments.folder)
+    from .. import ops
     from ..nn.linear import BlockSparseLinear
-    from ..nn.pack import pack_
+    from ..nn.pack import pack_, unpack_
     from . import bench_tables, breakdown, environment, measurement
     from .timing import torch_threads
 
@@ -57,19 +58,19 @@ def run(arguments: argparse.Namespace) -> Result:
         # Loading keeps layers dense that would not be faster, or there was no record.
         packed = copy.deepcopy(packed)
         pack_(packed)
-    dense = copy.deepcopy(packed)
-    dense = dense.dequantize() if hasattr(dense, "hf_quantizer") else unpacked(dense)
+    dense = unpack_(copy.deepcopy(packed))
     shapes = list(itertools.product(arguments.batch, arguments.seq))
     # Before anything takes time.
     measurement.random_inputs(packed.config, 1, max(arguments.seq))
     check_same(dense, packed, min(arguments.seq))
     encoders = breakdown.encoders(packed)
+    peak = arguments.threads * ops.fma_peak()
     data: dict[str, Any] = {
         "environment": environment.describe(),
         "encoders": [asdict(encoder) for encoder in encoders],
         "memory": breakdown.memory(dense, packed),
         "measurements": [
-            measure(dense, packed, batch, sequence, arguments)
+            measure(dense, packed, batch, sequence, peak, arguments)
             for batch, sequence in shapes
         ],
     }
@@ -84,38 +85,36 @@ def run(arguments: argparse.Namespace) -> Result:
 
 
 def measure(
-    dense: Any, packed: Any, batch: int, sequence: int, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """Everything about one input."""
+    dense: Any, packed: Any, batch: int, sequence: int, peak: float,
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything about one input; ``peak``: operations a second of all threads."""
     from . import breakdown, measurement
 
     print(f"timing {batch} x {sequence} tokens ...", file=sys.stderr, flush=True)
     seconds = arguments.seconds
-    latency = measurement.latency(
-        dense, packed, batch=batch, sequence=sequence, threads=arguments.threads,
-        seconds=seconds, onnx=not arguments.no_onnx, ragged=arguments.ragged,
-    )  # fmt: skip
-    inputs = measurement.random_inputs(dense.config, batch, sequence, arguments.ragged)
     model, threads = packed.base_model, arguments.threads
+    inputs = measurement.random_inputs(dense.config, batch, sequence, arguments.ragged)
+    calls, notes = measurement.candidates(
+        dense, packed, inputs, threads=threads, onnx=not arguments.no_onnx
+    )
+    latency = measurement.compare(
+        calls, inputs, threads=threads, seconds=seconds, notes=notes
+    )
+    # In the order of the rounds: first what comes after the packed model.
+    others = [calls[name] for name in calls if name not in ("dense", "packed")]
+    others.append(calls["dense"])
     median_ms = latency["candidates"]["packed"]["median_ms"]
     try:
         found: dict[str, Any] = {
-            "floor": breakdown.floor(
-                model, inputs, threads=threads, median_ms=median_ms
-            ),
+            "floor": breakdown.floor(model, inputs, peak=peak, median_ms=median_ms),
             "parts": breakdown.parts(
-                model, inputs, dense.base_model, threads=threads, seconds=seconds / 4
+                model, inputs, others, threads=threads, seconds=seconds / 2
             ),
         }
     except breakdown.NotNative as reason:
         found = {"floor": None, "parts": None, "no_parts": str(reason)}
     return {**latency, **found}
-
-
-def unpacked(model: Any) -> Any:
-    from ..nn.pack import unpack_
-
-    return unpack_(model)
 
 
 def check_same(dense: Any, packed: Any, sequence: int) -> None:

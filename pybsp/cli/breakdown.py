@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .. import ops
 from ..nn.encoder import FusedForward, fuse_encoders_
 from ..nn.encoder.reader import Deviation
 from ..nn.report import EncoderReport
@@ -56,16 +55,16 @@ def native_forward(model: Any) -> FusedForward:
 def parts(
     model: Any,
     inputs: Mapping[str, torch.Tensor],
-    between: Callable[..., object],
+    others: Sequence[Callable[[], object]],
     *,
     threads: int,
     seconds: float,
 ) -> dict[str, Any]:
     """Milliseconds and share of each of ``PARTS``, medians over calls of a base model.
 
-    ``outside`` is Python, the pooler and what else torch does. ``between`` is
-    called in turn, with the same inputs: a call right after its like would find caches
-    warm that the timed one does not. Raises ``NotNative``.
+    ``outside`` is Python, the pooler and what else torch does. ``others`` are called
+    before each, as in the rounds of a timing: a call right after its like finds caches
+    warm. Raises ``NotNative``.
     """
     forward = native_forward(model)
     calls: list[dict[str, float]] = []
@@ -74,7 +73,8 @@ def parts(
         with torch.inference_mode(), torch_threads(threads):
             forward.profile(**inputs)
             while len(calls) < 5 or (time.perf_counter() < stop and len(calls) < 200):
-                between(**inputs)
+                for other in others:
+                    other()
                 started = time.perf_counter()
                 found = forward.profile(**inputs)[1]
                 whole = time.perf_counter() - started
@@ -91,13 +91,12 @@ def parts(
 
 
 def floor(
-    model: Any, inputs: Mapping[str, torch.Tensor], *, threads: int, median_ms: float
+    model: Any, inputs: Mapping[str, torch.Tensor], *, peak: float, median_ms: float
 ) -> dict[str, Any]:
-    """The time of the multiply-adds alone at this CPU's measured peak.
+    """The time of the multiply-adds alone at ``peak`` operations a second.
 
     They are those of the kept weights of the encoder and of attention, for tokens that
-    are not padding; the peak is that of one thread times their number. Raises
-    ``NotNative``.
+    are not padding. Raises ``NotNative``.
     """
     forward = native_forward(model)
     lengths = inputs["attention_mask"].sum(1).tolist()
@@ -106,7 +105,6 @@ def floor(
             count = forward.spec.multiply_adds(lengths)
     except Deviation as deviation:
         raise NotNative(str(deviation)) from deviation
-    peak = ops.fma_peak() * threads
     least_ms = 2e3 * count / peak
     return {
         "multiply_adds": count,

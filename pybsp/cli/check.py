@@ -196,6 +196,8 @@ def check_packed(folder: Path, findings: Findings) -> None:
     """The packed file: readable, complete, and the same weights as the dense file."""
     import torch
 
+    from ..nn.pack import unpack_
+
     try:
         packed = checkpoints.load(folder)
     except WorkError as error:
@@ -208,7 +210,8 @@ def check_packed(folder: Path, findings: Findings) -> None:
         dense = checkpoints.load_dense(folder).state_dict()
     except WorkError:
         return  # told by check_dense
-    unpacked = packed.dequantize().state_dict()
+    # Loading may have found nothing worth packing: there is nothing to dequantize then.
+    unpacked = unpack_(packed).state_dict()
     different = [
         name
         for name in dense

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from . import engines
+from .engines import Call
 from .errors import WorkError
 from .timing import interleaved, speedup, torch_threads
 
@@ -84,30 +85,52 @@ def latency(
 ) -> dict[str, Any]:  # fmt: skip
     """Interleaved times of the base models (embeddings and encoder) of two classifiers.
 
-    Inputs are those of ``random_inputs``. With ``onnx`` the dense model also runs in
-    the ``engines`` that are installed. Tokens and what they take are without padding.
-    Raises ``WorkError`` when the packed model's result is not that of the dense one.
+    Inputs are those of ``random_inputs``, the rest is as in ``candidates`` and
+    ``compare``.
     """
     inputs = random_inputs(dense.config, batch, sequence, ragged)
+    calls, notes = candidates(dense, packed, inputs, threads=threads, onnx=onnx)
+    return compare(calls, inputs, threads=threads, seconds=seconds, notes=notes)
+
+
+def candidates(
+    dense: Any, packed: Any, inputs: Mapping[str, torch.Tensor], *, threads: int,
+    onnx: bool = True,
+) -> tuple[dict[str, Call], list[str]]:  # fmt: skip
+    """Calls of both base models on ``inputs``, and why others are left out.
+
+    With ``onnx`` the dense model also runs in the ``engines`` that are installed.
+    Raises ``WorkError`` when the packed model's result is not that of the dense one.
+    """
     models = {"dense": dense.base_model.eval(), "packed": packed.base_model.eval()}
-    calls = {name: _call(model, inputs) for name, model in models.items()}
-    notes: list[str] = []
+    calls: dict[str, Call] = {
+        name: _call(model, inputs) for name, model in models.items()
+    }
     with torch.inference_mode(), torch_threads(threads):
         expected = calls["dense"]()
         wrong = difference(calls["packed"](), expected, inputs["attention_mask"])
         if wrong:
             raise WorkError(f"the packed model's {wrong}; run pybsp check")
-        if onnx and engines.installed():
-            found, notes = _engines(models["dense"], inputs, threads, expected)
-            calls |= found
+        if not (onnx and engines.installed()):
+            return calls, []
+        found, notes = _engines(models["dense"], inputs, threads, expected)
+    return calls | found, notes
+
+
+def compare(
+    calls: Mapping[str, Call], inputs: Mapping[str, torch.Tensor], *, threads: int,
+    seconds: float, notes: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Interleaved times of ``candidates``. Tokens are those that are not padding."""
+    with torch.inference_mode(), torch_threads(threads):
         timings = interleaved(calls, seconds=seconds)
+    batch, sequence = inputs["input_ids"].shape
     tokens = int(inputs["attention_mask"].sum())
     best = min(timings.keys() - {"packed"}, key=lambda name: timings[name].median)
     result: dict[str, Any] = {
         "what": "embeddings and encoder",
         "batch": batch,
         "sequence": sequence,
-        "ragged": ragged,
         "tokens": tokens,
         "threads": threads,
         "dtype": "float32",

@@ -200,5 +200,5 @@ def add_training(group: Any) -> None:
     group.add_argument(
         "--no-onnx",
         action="store_true",
-        help="leave ONNX Runtime out of the latency even when it is installed",
+        help="leave ONNX Runtime and OpenVINO out of the latency",
     )

@@ -3,6 +3,8 @@ import json
 import pytest
 from safetensors.torch import load_file, save_file
 
+from pybsp.nn import pack, plan
+
 LAYER = "bert.encoder.layer.1.output.dense"
 
 
@@ -52,6 +54,18 @@ def test_the_table_for_people(cli, pruned):
     assert LAYER in run.stdout
     assert "sound; " in run.stdout
     assert "in use" in run.stdout
+
+
+def test_when_loading_finds_nothing_worth_packing(cli, change, monkeypatch):
+    def refill(tensors):
+        tensors[f"{LAYER}.weight"] += 0.01
+
+    def nothing(*_, **__):
+        raise plan.NothingToPack("no layer would be faster")
+
+    monkeypatch.setattr(pack, "pack_", nothing)
+    found = problems(cli("check", change(weights=refill), "--json"))
+    assert "were trained on without masks" in found
 
 
 def test_trained_on_without_masks(cli, change):
