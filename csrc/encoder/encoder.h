@@ -12,8 +12,9 @@
 //
 // Working memory belongs to the threads and is kept for their next call. For each token
 // of a group, of about 256 tokens or one sequence: features, twice where the norm comes
-// first, and the larger of 3 x the width of attention and that of the feed-forward part,
-// in floats. For each thread: the widest tile of features, or of the scores of one head.
+// first, and the larger of 3 x the width of attention and that of the feed-forward
+// part, in floats. For each thread: the widest tile of features, or of the scores of
+// one head.
 #pragma once
 
 #include <cstdint>
