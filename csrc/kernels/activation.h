@@ -91,5 +91,27 @@ inline Vec activate(Vec x) {
   return x;
 }
 
+template <Activation kActivation>
+struct FixedActivation {
+  static constexpr Activation value = kActivation;
+};
+
+// body(FixedActivation<activation>{}): a loop is compiled once for each activation.
+template <typename Body>
+inline void with_activation(Activation activation, Body body) {
+  switch (activation) {
+    case Activation::none:
+      return body(FixedActivation<Activation::none>{});
+    case Activation::relu:
+      return body(FixedActivation<Activation::relu>{});
+    case Activation::gelu:
+      return body(FixedActivation<Activation::gelu>{});
+    case Activation::gelu_tanh:
+      return body(FixedActivation<Activation::gelu_tanh>{});
+    case Activation::silu:
+      return body(FixedActivation<Activation::silu>{});
+  }
+}
+
 }  // namespace
 }  // namespace pybsp::PYBSP_ISA

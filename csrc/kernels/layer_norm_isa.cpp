@@ -89,18 +89,9 @@ void gate_all(const float* a, const float* b, int64_t count, float* y) {
 
 void gate(const float* a, const float* b, int64_t count, Activation activation,
           float* y) {
-  switch (activation) {
-    case Activation::none:
-      return gate_all<Activation::none>(a, b, count, y);
-    case Activation::relu:
-      return gate_all<Activation::relu>(a, b, count, y);
-    case Activation::gelu:
-      return gate_all<Activation::gelu>(a, b, count, y);
-    case Activation::gelu_tanh:
-      return gate_all<Activation::gelu_tanh>(a, b, count, y);
-    case Activation::silu:
-      return gate_all<Activation::silu>(a, b, count, y);
-  }
+  with_activation(activation, [&](auto fixed) {
+    gate_all<decltype(fixed)::value>(a, b, count, y);
+  });
 }
 
 }  // namespace pybsp::PYBSP_ISA

@@ -72,19 +72,10 @@ void finish_all(const float* sums, int64_t count, const float* residual, float* 
 
 void finish(const float* sums, int64_t count, Activation activation,
             const float* residual, float* y) {
-  switch (activation) {
-    case Activation::none:
-      if (sums == y && !residual) return;
-      return finish_all<Activation::none>(sums, count, residual, y);
-    case Activation::relu:
-      return finish_all<Activation::relu>(sums, count, residual, y);
-    case Activation::gelu:
-      return finish_all<Activation::gelu>(sums, count, residual, y);
-    case Activation::gelu_tanh:
-      return finish_all<Activation::gelu_tanh>(sums, count, residual, y);
-    case Activation::silu:
-      return finish_all<Activation::silu>(sums, count, residual, y);
-  }
+  if (activation == Activation::none && sums == y && !residual) return;
+  with_activation(activation, [&](auto fixed) {
+    finish_all<decltype(fixed)::value>(sums, count, residual, y);
+  });
 }
 
 namespace {
@@ -153,18 +144,9 @@ void unpack_tokens(const float* y_tile, int64_t rows, int64_t tokens, int vector
                    Activation activation, const float* residual, float* y,
                    int64_t out_features) {
   const Destination to{y, residual, out_features};
-  switch (activation) {
-    case Activation::none:
-      return unpack<Activation::none>(y_tile, rows, tokens, vectors, to);
-    case Activation::relu:
-      return unpack<Activation::relu>(y_tile, rows, tokens, vectors, to);
-    case Activation::gelu:
-      return unpack<Activation::gelu>(y_tile, rows, tokens, vectors, to);
-    case Activation::gelu_tanh:
-      return unpack<Activation::gelu_tanh>(y_tile, rows, tokens, vectors, to);
-    case Activation::silu:
-      return unpack<Activation::silu>(y_tile, rows, tokens, vectors, to);
-  }
+  with_activation(activation, [&](auto fixed) {
+    unpack<decltype(fixed)::value>(y_tile, rows, tokens, vectors, to);
+  });
 }
 
 }  // namespace pybsp::PYBSP_ISA
