@@ -3,6 +3,7 @@ ELECTRA."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,23 +29,24 @@ from .reader import Reader
 
 def read_bert(model: nn.Module, reader: Reader) -> Reading:
     """Positions count from 0 in every row."""
-    embeddings = _read_embeddings(model, reader)
-    return Reading(
-        _spec(model, reader, embeddings),
-        bert_inputs,
-        reader.stock("BaseModelOutputWithPoolingAndCrossAttentions"),
-        pools=True,
-    )
+    return _pooled_reading(model, reader, bert_inputs)
 
 
 def read_roberta(model: nn.Module, reader: Reader) -> Reading:
     """Positions count the tokens that are not padding, from ``padding_idx + 1``."""
-    embeddings = _read_embeddings(model, reader)
+    reading = _pooled_reading(model, reader, roberta_inputs)
     padding = vars(model._modules["embeddings"]).get("padding_idx")
     reader.expect(isinstance(padding, int), "it has no padding_idx")
+    return reading
+
+
+def _pooled_reading(
+    model: nn.Module, reader: Reader, inputs: Callable[..., Inputs]
+) -> Reading:
+    embeddings = _read_embeddings(model, reader)
     return Reading(
         _spec(model, reader, embeddings),
-        roberta_inputs,
+        inputs,
         reader.stock("BaseModelOutputWithPoolingAndCrossAttentions"),
         pools=True,
     )

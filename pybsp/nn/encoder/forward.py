@@ -235,12 +235,11 @@ def check_ids(ids: Any) -> torch.Tensor:
 
 
 def check_mask(mask: Any, shape: torch.Size) -> torch.Tensor | None:
-    """``mask`` in a type that the encoder takes."""
     if mask is None:
         return None
     if type(mask) is not torch.Tensor or not mask.is_cpu or mask.shape != shape:
         raise Deviation("its attention_mask is not (batch, length)")
-    return mask if mask.dtype in (torch.int64, torch.bool) else mask != 0
+    return mask
 
 
 def check_rows(name: str, rows: Any, shape: torch.Size) -> torch.Tensor | None:
