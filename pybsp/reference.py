@@ -136,6 +136,64 @@ def block_sparse_linear(
     return ACTIVATIONS[activation](F.linear(x, weight, bias))
 
 
+def dequantized_blocks(
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+) -> torch.Tensor:
+    """``values * scales`` in float32: int8 blocks ``(nnz, r, c)`` and the scale of each
+    of the ``out`` rows."""
+    row_indices = block_row_indices(crow_indices, col_indices)
+    row_scales = scales.view(-1, values.shape[1], 1)
+    return values.float() * row_scales[row_indices]
+
+
+def quantize_tokens(
+    x: torch.Tensor, input_scale: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x`` ``(..., in)`` as whole numbers in -127 to 127, and their scale.
+
+    ``input_scale`` 0: one scale ``max |x| / 127`` for each token, ``(..., 1)``. A token
+    of zeros, or of numbers so small that ``127 / max |x|`` overflows, becomes zeros;
+    one with a NaN or an infinity has the scale NaN. Else that scale for all, and what
+    is further from zero than ``127 input_scale`` becomes 127; NaN stays NaN.
+    """
+    if input_scale:
+        scale = torch.tensor(input_scale, dtype=torch.float32, device=x.device)
+        return (x * (1.0 / scale)).round().clamp(-127.0, 127.0), scale
+    largest = x.abs().amax(-1, keepdim=True)
+    inverse = 127.0 / largest
+    usable = inverse.isfinite() & (inverse > 0)
+    scale = torch.where(usable, largest / 127.0, largest - largest)
+    quantized = (x * torch.where(usable, inverse, 0.0)).round()
+    return torch.where(scale.isnan(), 0.0, quantized), scale
+
+
+def block_sparse_linear_int8(
+    x: torch.Tensor,
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    shape: tuple[int, int],
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    input_scale: float = 0.0,
+) -> torch.Tensor:
+    """``activation((q_x @ q_W.T) * scales * s + bias)`` with ``x ~ q_x s``.
+
+    The sums of products are exact and rounded to float32 once; each operation after
+    that is rounded by itself.
+    """
+    weight = block_sparse_to_dense(crow_indices, col_indices, values, shape)
+    quantized, scale = quantize_tokens(x, input_scale)
+    # float64 holds every sum of up to 2**38 products of two bytes.
+    sums = (quantized.double() @ weight.double().t()).float()
+    y = sums * scales * scale
+    return ACTIVATIONS[activation](y if bias is None else y + bias)
+
+
 def block_sparse_grad_x(
     grad: torch.Tensor,
     crow_indices: torch.Tensor,
