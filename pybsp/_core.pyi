@@ -41,6 +41,30 @@ def apply_block_mask(
     threads: int,
 ) -> None: ...
 
+class Int8Matrix:
+    def __init__(
+        self,
+        crow_indices: NDArray[Any],
+        col_indices: NDArray[Any],
+        values: NDArray[Any],
+        scales: NDArray[Any],
+        shape: tuple[int, int],
+        block_shape: tuple[int, int],
+    ) -> None: ...
+    def multiply(
+        self,
+        x: int,
+        tokens: int,
+        input_scale: float,
+        bias: int,
+        activation: int,
+        residual: int,
+        y: int,
+        threads: int,
+    ) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+
 class BlockSparsePattern:
     def __init__(
         self,
@@ -85,7 +109,7 @@ def unpack_tiles(
     tiles: int, tokens: int, features: int, y: int, threads: int
 ) -> None: ...
 
-_Linear = tuple[BlockSparsePattern, int, int]
+_Linear = tuple[BlockSparsePattern, int, int] | tuple[Int8Matrix, float, int]
 _Norm = tuple[int, int, float]
 _Table = tuple[int, int]
 
