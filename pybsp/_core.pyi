@@ -42,7 +42,6 @@ def apply_block_mask(
 ) -> None: ...
 
 class Int8Matrix:
-    nbytes: int
     def __init__(
         self,
         crow_indices: NDArray[Any],
@@ -63,6 +62,8 @@ class Int8Matrix:
         y: int,
         threads: int,
     ) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
 
 class BlockSparsePattern:
     def __init__(

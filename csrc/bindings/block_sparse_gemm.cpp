@@ -4,6 +4,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/int8_matrix.h"
 #include "bindings/module.h"
 #include "bindings/pattern.h"
 #include "kernels/token_tiles.h"
@@ -46,6 +47,15 @@ void register_block_sparse_gemm(py::module_& module) {
            arg("tokens"), arg("dvalues"), arg("dbias"), arg("threads"))
       .def_property_readonly("nnz", &BlockSparsePattern::nnz)
       .def("schedule", &BlockSparsePattern::schedule);
+  py::class_<Int8Matrix>(module, "Int8Matrix")
+      .def(py::init<py::array, py::array, const py::array&, const py::array&,
+                    std::pair<int64_t, int64_t>, std::pair<int64_t, int64_t>>(),
+           arg("crow_indices"), arg("col_indices"), arg("values"), arg("scales"),
+           arg("shape"), arg("block_shape"))
+      .def("multiply", &Int8Matrix::multiply, arg("x"), arg("tokens"),
+           arg("input_scale"), arg("bias"), arg("activation"), arg("residual"),
+           arg("y"), arg("threads"))
+      .def_property_readonly("nbytes", &Int8Matrix::bytes);
   module.def("multiply_many", &multiply_many, arg("products"), arg("x"), arg("tokens"),
              arg("tiles"), arg("threads"));
   module.def(

@@ -2,8 +2,10 @@
 #include "encoder/encoder.h"
 
 #include <tuple>
+#include <variant>
 #include <vector>
 
+#include "bindings/int8_matrix.h"
 #include "bindings/module.h"
 #include "bindings/pattern.h"
 
@@ -18,18 +20,26 @@ const int64_t* integers(uintptr_t address) {
   return reinterpret_cast<const int64_t*>(address);
 }
 
-// (pattern, values, bias)
-using LinearArguments = std::tuple<const BlockSparsePattern*, uintptr_t, uintptr_t>;
+// (pattern, values, bias), or (weights of 8 bits, input_scale, bias)
+using FloatLinear = std::tuple<const BlockSparsePattern*, uintptr_t, uintptr_t>;
+using Int8Linear = std::tuple<const Int8Matrix*, float, uintptr_t>;
+using LinearArguments = std::variant<FloatLinear, Int8Linear>;
 // (weight, bias, eps)
 using NormArguments = std::tuple<uintptr_t, uintptr_t, float>;
 // (rows, count)
 using TableArguments = std::tuple<uintptr_t, int64_t>;
 
 EncoderLinear linear(const LinearArguments& arguments) {
-  const auto& [pattern, values, bias] = arguments;
+  if (const Int8Linear* int8 = std::get_if<Int8Linear>(&arguments)) {
+    const auto& [matrix, input_scale, bias] = *int8;
+    const Product product = matrix->product(input_scale, bias, 0, 0, 0);
+    return {product.weight, product.schedule, product.epilogue.bias, product.int8,
+            product.input_scale};
+  }
+  const auto& [pattern, values, bias] = std::get<FloatLinear>(arguments);
   BlockSparseView weight = pattern->view();
   weight.values = floats(values);
-  return {weight, &pattern->token_lanes(), floats(bias)};
+  return {weight, &pattern->token_lanes(), floats(bias), nullptr, 0.0f};
 }
 
 LayerNorm layer_norm(const NormArguments& arguments) {

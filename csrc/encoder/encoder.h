@@ -30,6 +30,8 @@ struct EncoderLinear {
   BlockSparseView weight;
   const Schedule* schedule;
   const float* bias;  // or null
+  const Int8Weights* int8 = nullptr;
+  float input_scale = 0.0f;  // see int8_products.h
 };
 
 struct LayerNorm {

@@ -239,7 +239,9 @@ void GroupRun::multiply(const Share& share, const EncoderLinear* linears, int64_
         linears[i].weight,
         linears[i].schedule,
         {linears[i].bias, activation, residual ? residual + skipped : nullptr},
-        y[i].data + skipped};
+        y[i].data + skipped,
+        linears[i].int8,
+        linears[i].input_scale};
   }
   block_sparse_gemm_tiles(products, count, x.data + first.slot * x.features,
                           last.first + last.tokens - first.first, share.threads);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "kernels/int8_weights.h"
 #include "kernels/token_lane_schedule.h"
 #include "kernels/token_tiles.h"
 #include "kernels/variants.h"
@@ -49,6 +50,15 @@ struct Part {
   int64_t cost_before;  // of the parts before it
 };
 
+// One way to quantise the inputs of a tile: floats [first, end) of all that is
+// quantised of it are the scales of the lanes and then the bytes.
+struct Int8Inputs {
+  bool consecutive;
+  float scale;
+  int64_t first;
+  int64_t end;
+};
+
 std::vector<Part> list_parts(const Product* products, int64_t count) {
   std::vector<Part> parts;
   int64_t before = 0;
@@ -83,6 +93,7 @@ class Multiplication {
     }
     threads_ = static_cast<int>(
         std::clamp<int64_t>(work / kThreadWork, 1, std::max(threads, 1)));
+    find_int8_inputs();
   }
 
   void run(const float* x);
@@ -92,11 +103,17 @@ class Multiplication {
   void few_tokens(const float* x, int64_t first_token);
   void in_tiles(const float* x, int64_t tokens);
   void multiply_group(const std::vector<TokenTile>& tiles, Range parts, const float* x,
-                      float* x_tiles, int64_t held, float* y_tile) const;
+                      float* x_tiles, int64_t held, float* y_tile,
+                      float* int8_tiles) const;
   void multiply_tile(const Part& part, const TokenTile& tile, const float* x_tiles,
-                     float* scratch) const;
+                     const float* int8_tile, float* scratch) const;
   void multiply(const Part& part, int vectors, const float* x_tile,
-                float* y_tile) const;
+                const float* int8_tile, float* y_tile) const;
+  void find_int8_inputs();
+  const Int8Inputs* int8_inputs(const Product& product) const;
+  int64_t int8_floats() const;
+  int64_t token_scales() const { return in_lines(isa_.lanes * isa_.max_vectors); }
+  void quantize(const float* x_tile, int vectors, float* int8_tile) const;
   Range parts_of(int64_t team, int64_t teams) const;
   int64_t tiles_in_l2() const;
   int64_t max_part_rows() const;
@@ -108,11 +125,14 @@ class Multiplication {
   const Variants& isa_;
   int threads_;
   std::vector<Part> parts_;
+  std::vector<Int8Inputs> int8_inputs_;
 };
 
 void Multiplication::run(const float* x) {
   const int64_t rest = tokens_ % isa_.lanes;
-  const int64_t few = rest <= few_tokens_limit(isa_, products_, count_) ? rest : 0;
+  const bool few_at_once =
+      int8_inputs_.empty() && rest <= few_tokens_limit(isa_, products_, count_);
+  const int64_t few = few_at_once ? rest : 0;
   if (tokens_ > few) in_tiles(x, tokens_ - few);
   if (few > 0) few_tokens(x + (tokens_ - few) * in_, tokens_ - few);
 }
@@ -169,7 +189,7 @@ void Multiplication::in_tiles(const float* x, int64_t tokens) {
       std::min(tiles_in_l2(), (most + isa_.max_vectors - 1) / isa_.max_vectors);
   const int64_t x_floats = in_lines(held * in_ * width);
   const int64_t y_floats = in_lines(max_part_rows() * width);
-  const int64_t floats = x_floats + y_floats;
+  const int64_t floats = x_floats + y_floats + held * int8_floats();
   float* const scratch = scratch_floats(threads_ * floats);
   const auto tiles = split_groups(tokens, split.groups, isa_);
   parallel(threads_, [&](int thread, int count) {
@@ -178,7 +198,7 @@ void Multiplication::in_tiles(const float* x, int64_t tokens) {
     for (int64_t share = thread; share < threads_; share += count) {
       multiply_group(tiles[static_cast<size_t>(share % split.groups)],
                      parts_of(share / split.groups, split.teams), x, mine, held,
-                     mine + x_floats);
+                     mine + x_floats, mine + x_floats + y_floats);
     }
   });
 }
@@ -186,7 +206,7 @@ void Multiplication::in_tiles(const float* x, int64_t tokens) {
 // `parts` for all `tiles`, `held` of them at a time.
 void Multiplication::multiply_group(const std::vector<TokenTile>& tiles, Range parts,
                                     const float* x, float* x_tiles, int64_t held,
-                                    float* y_tile) const {
+                                    float* y_tile, float* int8_tiles) const {
   const int64_t all = static_cast<int64_t>(tiles.size());
   for (int64_t begin = 0; begin < all; begin += held) {
     const int64_t end = std::min(all, begin + held);
@@ -197,6 +217,7 @@ void Multiplication::multiply_group(const std::vector<TokenTile>& tiles, Range p
       const TokenTile& tile = tiles[static_cast<size_t>(i)];
       isa_.pack_tokens(x + tile.first * in_, in_, tile.tokens, 0, in_, tile.vectors,
                        x_tile(tile));
+      quantize(x_tile(tile), tile.vectors, int8_tiles + (i - begin) * int8_floats());
     }
     for (int64_t p = parts.first; p < parts.last; ++p) {
       const Part& part = parts_[static_cast<size_t>(p)];
@@ -208,7 +229,8 @@ void Multiplication::multiply_group(const std::vector<TokenTile>& tiles, Range p
         const TokenTile& tile = tiles[static_cast<size_t>(i)];
         const int64_t at = tile.first * weight.out_features + row;
         prefetch_rows(part.product->y + at, tile.tokens, rows, weight.out_features);
-        multiply(part, tile.vectors, x_tile(tile), y_tile);
+        multiply(part, tile.vectors, x_tile(tile),
+                 int8_tiles + (i - begin) * int8_floats(), y_tile);
         isa_.unpack_tokens(y_tile, rows, tile.tokens, tile.vectors, epilogue.activation,
                            epilogue.residual ? epilogue.residual + at : nullptr,
                            part.product->y + at, weight.out_features);
@@ -222,22 +244,29 @@ void Multiplication::run_tiles(const float* x_tiles) {
   const std::vector<TokenTile> tiles = split_tokens(tokens_, isa_);
   const ThreadSplit split =
       split_threads(2 * static_cast<int64_t>(tiles.size()), threads_);
-  const int64_t part_floats = max_part_rows() * isa_.lanes * isa_.max_vectors;
-  float* const scratch = scratch_floats(threads_ * part_floats);
+  const int64_t held = tiles_in_l2();
+  const int64_t part_floats = in_lines(max_part_rows() * isa_.lanes * isa_.max_vectors);
+  const int64_t floats = part_floats + held * int8_floats();
+  float* const scratch = scratch_floats(threads_ * floats);
   parallel(threads_, [&](int thread, int count) {
     for (int64_t share = thread; share < threads_; share += count) {
       const Range mine = pybsp::share(static_cast<int64_t>(tiles.size()),
                                       static_cast<int>(share % split.groups),
                                       static_cast<int>(split.groups));
       const Range parts = parts_of(share / split.groups, split.teams);
-      for (int64_t begin = mine.first; begin < mine.last; begin += tiles_in_l2()) {
+      float* const sums = scratch + thread * floats;
+      float* const int8_tiles = sums + part_floats;
+      for (int64_t begin = mine.first; begin < mine.last; begin += held) {
         const TokenTile* const group = tiles.data() + begin;
-        const TokenTile* const end =
-            tiles.data() + std::min(mine.last, begin + tiles_in_l2());
+        const TokenTile* const end = tiles.data() + std::min(mine.last, begin + held);
+        for (const TokenTile* tile = group; tile != end; ++tile) {
+          quantize(x_tiles + tile->slot * in_, tile->vectors,
+                   int8_tiles + (tile - group) * int8_floats());
+        }
         for (int64_t p = parts.first; p < parts.last; ++p) {
           for (const TokenTile* tile = group; tile != end; ++tile) {
             multiply_tile(parts_[static_cast<size_t>(p)], *tile, x_tiles,
-                          scratch + thread * part_floats);
+                          int8_tiles + (tile - group) * int8_floats(), sums);
           }
         }
       }
@@ -248,7 +277,8 @@ void Multiplication::run_tiles(const float* x_tiles) {
 // One part for one tile, from tiles to tiles. `scratch` is for sums that would
 // overwrite a residual that is y itself.
 void Multiplication::multiply_tile(const Part& part, const TokenTile& tile,
-                                   const float* x_tiles, float* scratch) const {
+                                   const float* x_tiles, const float* int8_tile,
+                                   float* scratch) const {
   const BlockSparseView& weight = part.product->weight;
   const Epilogue& epilogue = part.product->epilogue;
   const int64_t width = int64_t{tile.vectors} * isa_.lanes;
@@ -257,7 +287,7 @@ void Multiplication::multiply_tile(const Part& part, const TokenTile& tile,
   const int64_t at = tile.slot * weight.out_features + row * width;
   float* const y = part.product->y + at;
   float* const sums = epilogue.residual == part.product->y ? scratch : y;
-  multiply(part, tile.vectors, x_tiles + tile.slot * in_, sums);
+  multiply(part, tile.vectors, x_tiles + tile.slot * in_, int8_tile, sums);
   isa_.finish(sums, rows * width, epilogue.activation,
               epilogue.residual ? epilogue.residual + at : nullptr, y);
 }
@@ -292,11 +322,54 @@ int64_t Multiplication::max_part_rows() const {
   return rows;
 }
 
+// The products of 8 bits among all share what they quantise alike.
+void Multiplication::find_int8_inputs() {
+  for (const Product* product = products_; product != products_ + count_; ++product) {
+    if (!product->int8 || int8_inputs(*product)) continue;
+    const bool consecutive = product->int8->consecutive;
+    const int64_t bytes =
+        int8_tile_bytes(in_, isa_.lanes, isa_.max_vectors, consecutive);
+    const int64_t first = int8_floats();
+    int8_inputs_.push_back({consecutive, product->input_scale, first,
+                            first + token_scales() + in_lines((bytes + 3) / 4)});
+  }
+}
+
+const Int8Inputs* Multiplication::int8_inputs(const Product& product) const {
+  const auto found = std::find_if(
+      int8_inputs_.begin(), int8_inputs_.end(), [&](const Int8Inputs& inputs) {
+        return inputs.consecutive == product.int8->consecutive &&
+               inputs.scale == product.input_scale;
+      });
+  return found == int8_inputs_.end() ? nullptr : &*found;
+}
+
+// Floats of the quantised inputs of a tile.
+int64_t Multiplication::int8_floats() const {
+  return int8_inputs_.empty() ? 0 : int8_inputs_.back().end;
+}
+
+void Multiplication::quantize(const float* x_tile, int vectors,
+                              float* int8_tile) const {
+  for (const Int8Inputs& inputs : int8_inputs_) {
+    float* const scales = int8_tile + inputs.first;
+    isa_.int8->quantize(x_tile, in_, vectors, inputs.scale, inputs.consecutive,
+                        reinterpret_cast<int8_t*>(scales + token_scales()), scales);
+  }
+}
+
 void Multiplication::multiply(const Part& part, int vectors, const float* x_tile,
-                              float* y_tile) const {
+                              const float* int8_tile, float* y_tile) const {
   const Product& product = *part.product;
   const Schedule& schedule = *product.schedule;
-  if (schedule.by_column) {
+  if (product.int8) {
+    const size_t p = static_cast<size_t>(part.index);
+    const float* const scales = int8_tile + int8_inputs(product)->first;
+    isa_.int8->multiply({product.int8->view(), schedule.part_tiles[p],
+                         schedule.part_tiles[p + 1], vectors,
+                         reinterpret_cast<const int8_t*>(scales + token_scales()),
+                         scales, product.epilogue.bias, y_tile});
+  } else if (schedule.by_column) {
     const size_t p = static_cast<size_t>(part.index);
     const ColumnTiles tiles{part.first_row,           part.last_row,
                             schedule.part_tiles[p],   schedule.part_tiles[p + 1],

@@ -44,6 +44,7 @@ inline int64_t kept_weights(const BlockSparseView& weight) {
 }
 
 struct Schedule;
+struct Int8Weights;
 
 struct Epilogue {
   const float* bias;
@@ -51,12 +52,16 @@ struct Epilogue {
   const float* residual;
 };
 
-// One matrix and where its product goes; `schedule` is token_lane_schedule of it.
+// One matrix and where its product goes; `schedule` is token_lane_schedule of it. With
+// `int8` the weights are those, `weight.values` is not read and `schedule` is int8's;
+// int8_products.h says what input_scale is.
 struct Product {
   BlockSparseView weight;
   const Schedule* schedule;
   Epilogue epilogue;
   float* y;
+  const Int8Weights* int8 = nullptr;
+  float input_scale = 0.0f;
 };
 
 // Every product of the same x, which is transposed once. All have the same in_features.

@@ -95,4 +95,12 @@ Schedule token_lane_schedule(const BlockSparseView& view) {
   return schedule;
 }
 
+Schedule int8_schedule(const BlockSparseView& view) {
+  PartLimits limits = part_limits(view, false);
+  limits.values *= 4;
+  Schedule schedule;
+  schedule.part_rows = split_rows(view, limits);
+  return schedule;
+}
+
 }  // namespace pybsp

@@ -34,4 +34,7 @@ struct Schedule {
 // `view.values` is not read. O(nnz + num_parts * in / c).
 Schedule token_lane_schedule(const BlockSparseView& view);
 
+// Parts by row for weights of 8 bits, of four times as many.
+Schedule int8_schedule(const BlockSparseView& view);
+
 }  // namespace pybsp

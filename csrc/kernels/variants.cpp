@@ -2,6 +2,15 @@
 #include "kernels/variants.h"
 
 namespace pybsp {
+namespace {
+
+[[maybe_unused]] Variants with_int8(const Variants& others, const Int8Kernels& int8) {
+  Variants all = others;
+  all.int8 = &int8;
+  return all;
+}
+
+}  // namespace
 
 const Variants& variants(Isa isa) {
   switch (isa) {
@@ -9,13 +18,32 @@ const Variants& variants(Isa isa) {
     case Isa::avx2:
       return avx2::variants();
 #endif
+#ifdef PYBSP_HAVE_AVX2_VNNI
+    case Isa::avx2_vnni: {
+      static const Variants all = with_int8(avx2::variants(), avx2_vnni::int8_kernels);
+      return all;
+    }
+#endif
 #ifdef PYBSP_HAVE_AVX512
     case Isa::avx512:
       return avx512::variants();
 #endif
+#ifdef PYBSP_HAVE_AVX512_VNNI
+    case Isa::avx512_vnni: {
+      static const Variants all =
+          with_int8(avx512::variants(), avx512_vnni::int8_kernels);
+      return all;
+    }
+#endif
 #ifdef PYBSP_HAVE_NEON
     case Isa::neon:
       return neon::variants();
+#endif
+#ifdef PYBSP_HAVE_NEON_DOT
+    case Isa::neon_dot: {
+      static const Variants all = with_int8(neon::variants(), neon_dot::int8_kernels);
+      return all;
+    }
 #endif
     default:
       return generic::variants();

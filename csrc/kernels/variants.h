@@ -8,6 +8,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/block_sparse_gemm.h"
+#include "kernels/int8_products.h"
 #include "kernels/transposed_index.h"
 #include "runtime/isa.h"
 #include "simd/bfloat16.h"
@@ -91,6 +92,7 @@ struct Variants {
 
   const BlockRowKernels<float>* float32;
   const BlockRowKernels<Bfloat16>* bfloat16;
+  const Int8Kernels* int8;
 
   // Transposes tokens of x, features [first, last), into tile[feature][lane]. Lanes
   // past `tokens` repeat the last token.
@@ -162,6 +164,17 @@ const Variants& variants();
 }
 namespace neon {
 const Variants& variants();
+}
+
+// Instruction sets that add 8-bit products to another one.
+namespace avx2_vnni {
+extern const Int8Kernels int8_kernels;
+}
+namespace avx512_vnni {
+extern const Int8Kernels int8_kernels;
+}
+namespace neon_dot {
+extern const Int8Kernels int8_kernels;
 }
 
 }  // namespace pybsp

@@ -11,6 +11,7 @@ const Variants& variants() {
       3,
       &block_rows_float32,
       &block_rows_bfloat16,
+      &int8_kernels,
       pack_tokens,
       multiply_rows,
       multiply_columns,

@@ -9,6 +9,7 @@ namespace pybsp::PYBSP_ISA {
 
 extern const BlockRowKernels<float> block_rows_float32;
 extern const BlockRowKernels<Bfloat16> block_rows_bfloat16;
+extern const Int8Kernels int8_kernels;
 void pack_tokens(const float* x, int64_t in_features, int64_t tokens, int64_t first,
                  int64_t last, int vectors, float* tile);
 void multiply_rows(const BlockSparseView& weight, int64_t first, int64_t last,

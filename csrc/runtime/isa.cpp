@@ -1,6 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "runtime/isa.h"
 
+#ifdef PYBSP_HAVE_AVX2_VNNI
+#include <cpuid.h>
+#endif
+#ifdef PYBSP_HAVE_NEON_DOT
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -8,7 +16,16 @@
 namespace pybsp {
 namespace {
 
-constexpr Isa kAllIsas[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::neon};
+constexpr Isa kAllIsas[] = {Isa::generic,     Isa::avx2, Isa::avx2_vnni, Isa::avx512,
+                            Isa::avx512_vnni, Isa::neon, Isa::neon_dot};
+
+#ifdef PYBSP_HAVE_AVX2_VNNI
+// GCC 12 has no name for it: CPUID leaf 7, subleaf 1, EAX bit 4.
+bool cpu_has_avx_vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
+}
+#endif
 
 bool cpu_supports(Isa isa) {
   switch (isa) {
@@ -24,9 +41,21 @@ bool cpu_supports(Isa isa) {
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
              __builtin_cpu_supports("fma");
 #endif
+#ifdef PYBSP_HAVE_AVX2_VNNI
+    case Isa::avx2_vnni:
+      return cpu_supports(Isa::avx2) && cpu_has_avx_vnni();
+#endif
+#ifdef PYBSP_HAVE_AVX512_VNNI
+    case Isa::avx512_vnni:
+      return cpu_supports(Isa::avx512) && __builtin_cpu_supports("avx512vnni");
+#endif
 #ifdef PYBSP_HAVE_NEON
     case Isa::neon:
       return true;
+#endif
+#ifdef PYBSP_HAVE_NEON_DOT
+    case Isa::neon_dot:
+      return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
 #endif
     default:
       return false;
@@ -76,8 +105,14 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::avx512:
       return "avx512";
+    case Isa::avx2_vnni:
+      return "avx2_vnni";
+    case Isa::avx512_vnni:
+      return "avx512_vnni";
     case Isa::neon:
       return "neon";
+    case Isa::neon_dot:
+      return "neon_dot";
   }
   return "unknown";
 }

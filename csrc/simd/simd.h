@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The vector type of the instruction set that this file is compiled for. The build
-// defines PYBSP_ISA as its name and one PYBSP_ISA_<name>. Everything has internal
+// defines PYBSP_ISA as its name and one PYBSP_ISA_<name>; sets that add nothing but
+// integer products share the vectors of another one. Everything has internal
 // linkage and no standard template is used: a weak AVX-512 copy of a shared inline
 // function could be linked into code that runs on every CPU.
 #pragma once
@@ -13,6 +14,21 @@
 #include "simd/avx512.h"
 #elif defined(PYBSP_ISA_neon)
 #include "simd/neon.h"
+#elif defined(PYBSP_ISA_avx2_vnni)
+#include "simd/avx2.h"
+namespace pybsp::avx2_vnni {
+using namespace avx2;
+}
+#elif defined(PYBSP_ISA_avx512_vnni) || defined(PYBSP_ISA_amx)
+#include "simd/avx512.h"
+namespace pybsp::PYBSP_ISA {
+using namespace avx512;
+}
+#elif defined(PYBSP_ISA_neon_dot)
+#include "simd/neon.h"
+namespace pybsp::neon_dot {
+using namespace neon;
+}
 #else
 #error "compile with PYBSP_ISA=<isa> and PYBSP_ISA_<isa>"
 #endif
