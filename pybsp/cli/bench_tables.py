@@ -32,8 +32,8 @@ def tables(
         yield latency_table(rows)
         yield throughput_table(rows)
     yield from map(Text, dict.fromkeys(row["note"] for row in rows if "note" in row))
-    if rows[0]["floor"]:
-        if one:
+    if rows[0]["parts"]:
+        if one and rows[0]["floor"]:
             yield Text(floor_line(rows[0]))
         yield parts_table(rows)
     else:
@@ -189,7 +189,8 @@ def memory_line(memory: Mapping[str, int]) -> str:
 
 
 def _what(row: Row) -> str:
-    return f"{row['what']}, {threads_text(row['threads'])}"
+    dtype = "" if row["dtype"] == "float32" else f" in {row['dtype']}"
+    return f"{row['what']}{dtype}, {threads_text(row['threads'])}"
 
 
 def _shape(row: Row) -> str:

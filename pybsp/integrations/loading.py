@@ -86,8 +86,9 @@ def prepare_layers(
                 "config.json and the file are not from the same save"
             )
         packed = BlockSparseLinear.on_meta(
-            linear, layer.block_shape, layer.nnz, layer.column_major
-        )
+            linear, layer.block_shape, layer.nnz, layer.column_major, layer.dtype,
+            layer.static,
+        )  # fmt: skip
         model.set_submodule(name, packed)
         replaced += 1
     if not replaced:
@@ -110,5 +111,5 @@ def finish_layers(model: nn.Module, file: Path) -> None:
                 module.matrix  # noqa: B018 (built and checked on access)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{file}: '{name}': {error}") from error
-            if not ops.all_finite(module.weight_values):
+            if not module.is_int8 and not ops.all_finite(module.weight_values):
                 raise ValueError(f"{file}: '{name}' holds NaN or infinite weights")

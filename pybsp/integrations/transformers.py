@@ -64,6 +64,7 @@ class BlockSparseConfig(QuantizationConfigMixin):
     block_shape : ``(out, in)`` for layers that ``modules`` does not name; None detects.
     modules : block shape of each pruned layer by name.
     format : ``"dense"`` or ``"packed"``: which file holds the weights.
+    dtype : of the packed weights, ``"float32"`` or ``"int8"``.
     min_gain, fuse, shrink : as for ``pybsp.pack_``, for what happens on loading.
 
     Other entries, such as ``sparsity``, are kept and written again.
@@ -77,8 +78,14 @@ class BlockSparseConfig(QuantizationConfigMixin):
         min_gain: float = 1.0,
         fuse: bool = True,
         shrink: bool = True,
+        dtype: str = "float32",
         **notes: Any,
     ) -> None:
+        if dtype not in ("float32", "int8"):
+            raise ValueError(
+                "the dtype in quantization_config is 'float32' or 'int8'; got "
+                f"{dtype!r}: upgrade pybsp"
+            )
         if format not in ("dense", "packed"):
             raise ValueError(
                 "the format in quantization_config is 'dense' or 'packed'; got "
@@ -105,6 +112,7 @@ class BlockSparseConfig(QuantizationConfigMixin):
                 f"quantization_config.modules maps names to (out, in); got {modules!r}"
             )
         self.modules = {k: check_block_shape(v) for k, v in (modules or {}).items()}
+        self.dtype = dtype
         self.min_gain = min_gain
         self.fuse = fuse
         self.shrink = shrink
@@ -119,6 +127,8 @@ class BlockSparseConfig(QuantizationConfigMixin):
         }
         if self.block_shape is not None:
             record["block_shape"] = list(self.block_shape)
+        if self.dtype != "float32":
+            record["dtype"] = self.dtype
         if self.min_gain != 1.0:
             record["min_gain"] = self.min_gain
         if not self.fuse:
@@ -188,6 +198,7 @@ class BlockSparseHfQuantizer(HfQuantizer):
         try:
             report = pack.pack_(
                 model,
+                dtype=self.quantization_config.dtype,
                 fuse=self.quantization_config.fuse,
                 min_gain=self.quantization_config.min_gain,
                 shrink=self.quantization_config.shrink,

@@ -65,8 +65,8 @@ class BlockSparseLinear(nn.Module):
         self.register_buffer("weight_crow_indices", matrix.crow_indices)
         self.register_buffer("weight_col_indices", matrix.col_indices)
         self.register_buffer(SCALES, matrix.scales)
-        # Behind the others, for torch.export miscounts buffers that follow a None. Of the
-        # input, None or 0: a scale for each token.
+        # Last, because torch.export miscounts buffers that follow a None. Of the input
+        # None or 0: a scale for each token.
         scale = (
             torch.tensor(input_scale, device=matrix.values.device)
             if input_scale

@@ -23,10 +23,11 @@ _get_num_threads = torch.get_num_threads
 
 def check_input_scale(input_scale: float) -> None:
     """Refuse what is neither 0, one scale for each token, nor a scale."""
-    if not (math.isfinite(input_scale) and input_scale >= 0):
+    scale = float(input_scale)
+    if scale and not (math.isfinite(scale) and scale >= reference.LEAST_INPUT):
         raise ValueError(
-            "input_scale must be a positive number, or 0 for one scale for each token; "
-            f"got {input_scale!r}"
+            "input_scale must be a number of at least 2**-100, or 0 for one scale for "
+            f"each token; got {input_scale!r}"
         )
 
 
