@@ -15,7 +15,7 @@ Clip = Literal["mse", "max", "percentile"]
 
 LEVELS = 127
 #: Of the nonzero magnitudes of a row, the share that ``"percentile"`` does not clip.
-PERCENTILE = 0.995
+PERCENTILE = 0.999
 #: Clips that ``"mse"`` tries, in units of the largest magnitude of the row.
 RATIOS = tuple(1 - step / 40 for step in range(21))
 _CHUNK = 1 << 16  # weights that the search looks at together: they stay in cache
@@ -36,21 +36,16 @@ def quantize_rows(
         ValueError: for an unknown ``clip``, a weight that is not a matrix, or NaN and
             infinite weights.
     """
+    _check(weight, clip)
     scales = row_scales(weight, clip)
     return round_rows(weight, scales), scales
 
 
 def row_scales(weight: torch.Tensor, clip: Clip = "mse") -> torch.Tensor:
-    """The scales of ``quantize_rows``."""
-    _check(weight, clip)
+    """The scales of ``quantize_rows``, which checks what this does not: a row with
+    NaN or infinite weights gets such a scale."""
     weight = weight.detach().float()
     largest = weight.abs().amax(1)
-    if not bool(largest.isfinite().all()):
-        row = int((~largest.isfinite()).nonzero()[0])
-        raise ValueError(
-            f"row {row} of the weight has NaN or infinite values, which have no int8 "
-            "form; quantize a sound checkpoint"
-        )
     if clip == "mse":
         largest = largest * _best_ratios(weight, largest)
     elif clip == "percentile":
@@ -60,13 +55,10 @@ def row_scales(weight: torch.Tensor, clip: Clip = "mse") -> torch.Tensor:
 
 def round_rows(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """``clamp(rint(weight / scales), -127, 127)`` as int8, 0 where the scale is 0."""
-    return _levels(weight.detach().float(), scales[:, None]).to(torch.int8)
-
-
-def _levels(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     # dividing by infinity gives the zeros of a row without a scale
-    steps = torch.where(scale > 0, scale, torch.inf)
-    return (weight / steps).round_().clamp_(-LEVELS, LEVELS)
+    steps = torch.where(scales > 0, scales, torch.inf)[:, None]
+    levels = (weight.detach().float() / steps).round_().clamp_(-LEVELS, LEVELS)
+    return levels.to(torch.int8)
 
 
 def _best_ratios(weight: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
@@ -105,4 +97,10 @@ def _check(weight: torch.Tensor, clip: str) -> None:
         raise ValueError(
             "weight must be a floating point matrix (out, in) that is not empty; got "
             f"{weight.dtype} of shape {tuple(weight.shape)}"
+        )
+    finite = weight.detach().float().isfinite().all(1)
+    if not bool(finite.all()):
+        raise ValueError(
+            f"row {int((~finite).nonzero()[0])} of the weight has NaN or infinite "
+            "values, which have no int8 form; quantize a sound checkpoint"
         )
