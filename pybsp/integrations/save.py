@@ -160,7 +160,13 @@ def packing_record(
     kept = sum(matrix.values.numel() for matrix in matrices.values())
     usual = Counter(shapes.values()).most_common(1)[0][0]
     int8 = any(matrix.scales is not None for matrix in matrices.values())
-    record.pop("dtype", None)
+    scales = {
+        name: module.static_scale
+        for name, module in model.named_modules()
+        if isinstance(module, BlockSparseLinear) and module.static_scale
+    }
+    for entry in ("dtype", "input_scales"):
+        record.pop(entry, None)
     return {
         "block_shape": list(usual),
         "sparsity": round(1 - kept / total, 6),
@@ -170,6 +176,7 @@ def packing_record(
         "format_version": FORMAT_VERSION,
         "modules": modules,
         **({"dtype": "int8"} if int8 else {}),
+        **({"input_scales": scales} if scales else {}),
         "pybsp_version": version("pybsp"),
     }
 

@@ -131,13 +131,14 @@ class BlockSparseLinear(nn.Module):
         block_shape: BlockShapeSpec,
         activation: str | None = None,
         dtype: str = "float32",
+        input_scale: float | None = None,
     ) -> BlockSparseLinear:
         """Keep the blocks of ``linear.weight`` that are not entirely zero; ``dtype``
         ``"int8"`` quantises them."""
         matrix = BlockSparseMatrix.from_dense(linear.weight, block_shape)
         if dtype != "float32":
             matrix = matrix.quantize(dtype)
-        layer = cls(matrix, linear.bias, activation)
+        layer = cls(matrix, linear.bias, activation, input_scale)
         layer.train(linear.training)
         if matrix.scales is None:
             layer.weight_values.requires_grad_(linear.weight.requires_grad)

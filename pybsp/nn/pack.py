@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
+from .. import ops
 from ..blocks import BlockShapeSpec
 from ..costs import expected_cost, linear_cost
+from ..quantization import calibrate
 from .encoder import fuse_encoders_, unfuse_encoders_
 from .fuse import fuse_, unfuse_
 from .linear import BlockSparseLinear
@@ -28,12 +31,14 @@ def pack_(
     min_gain: float = 1.0,
     tokens: int = 128,
     shrink: bool = True,
+    calibration: Iterable[Any] | Mapping[str, float] | None = None,
 ) -> PackReport:
     """Replace, in place, every ``nn.Linear`` with zero blocks where that is faster.
 
     With ``dtype="int8"`` weights are quantised as they are packed, also those of layers
     that were packed in float32 before, and of layers without zero blocks between others
-    that have some. Their inputs are quantised in each call, token by token.
+    that have some. Their inputs are quantised in each call: token by token, or by the
+    one scale of each layer that ``calibration`` gives.
 
     Parameters
     ----------
@@ -53,13 +58,21 @@ def pack_(
     shrink : first leave out neurons and heads that the result does not need, where the
         architecture is known. Attention maps then lack these heads; what is saved, and
         what ``unpack_`` gives, does not.
+    calibration : for int8, inputs of the model (a mapping of keywords, a tuple, or the
+        only argument, each) that stand for what is to come, which are run through it;
+        or the scales themselves by name, as ``pybsp.quantization.calibrate`` found them
+        or as far as they are known.
 
     Raises ``ValueError`` before anything is changed: no layer with zero blocks, weights
     that are not finite, not float32 or not on the CPU, or a wrong option.
     """
     _check_options(model, dtype, min_gain, tokens)
+    if calibration is not None and dtype != "int8":
+        raise ValueError(f"calibration is for dtype='int8'; dtype is {dtype!r}")
     if dtype == "int8":
-        plans, removed = _pack_int8(model, block_shape, min_gain, tokens, shrink)
+        plans, removed = _pack_int8(
+            model, block_shape, min_gain, tokens, shrink, calibration
+        )
     else:
         plans, removed = _pack_float32(model, block_shape, min_gain, tokens, shrink)
     fused = fuse_(model) if fuse else []
@@ -92,16 +105,55 @@ def _pack_int8(
     min_gain: float,
     tokens: int,
     shrink: bool,
+    calibration: Iterable[Any] | Mapping[str, float] | None,
 ) -> tuple[list[LayerPlan], list[Removed]]:
     plans = plan_packing(model, block_shape)
+    scales = _input_scales(model, plan_int8(model, plans), calibration)
     # Weights are quantised whole, as they are saved, and left out of afterwards.
     if is_shrunk(model):
         unshrink_(model)
         plans = plan_packing(model, block_shape)
-    plans = [_decide(plan, min_gain, tokens) for plan in plan_int8(model, plans)]
+    plans = [
+        _decide(plan.with_input_scales(scales), min_gain, tokens)
+        for plan in plan_int8(model, plans)
+    ]
     _build(model, plans)
     removed = shrink_(model) if shrink else []
     return [plan.again(model) if removed else plan for plan in plans], removed
+
+
+def _input_scales(
+    model: nn.Module,
+    plans: list[LayerPlan],
+    calibration: Iterable[Any] | Mapping[str, float] | None,
+) -> Mapping[str, float]:
+    """By the names of layers, known or found."""
+    if calibration is None:
+        return {}
+    if not _is_scales(calibration):
+        names = [plan.names[0] for plan in plans if plan.report.dtype == "int8"]
+        return calibrate(model, calibration, names)
+    scales: Mapping[str, float] = calibration  # type: ignore[assignment]
+    known = {name for plan in plans for name in plan.names}
+    for name, scale in scales.items():
+        if name not in known:
+            raise ValueError(
+                f"calibration gives an input scale for '{name}', which is no linear "
+                "layer of this model"
+            )
+        ops.check_input_scale(scale)
+    return scales
+
+
+def _is_scales(calibration: Any) -> bool:
+    if not isinstance(calibration, Mapping):
+        return False
+    if not all(isinstance(scale, float) for scale in calibration.values()):
+        raise TypeError(
+            "calibration must be a list of inputs, or input scales by name; got one "
+            "mapping: put the inputs of the model into a list"
+        )
+    return True
 
 
 def _build(model: nn.Module, plans: list[LayerPlan]) -> None:

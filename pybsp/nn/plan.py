@@ -71,18 +71,26 @@ class LayerPlan:
             report = replace(report, reason=self.report.reason)
         return replace(self, linear=layer, report=report, packed=None)
 
+    def with_input_scales(self, scales: Mapping[str, float]) -> LayerPlan:
+        """The plan with the input scale that one of its names has, if it is int8."""
+        found = [scales[name] for name in self.names if name in scales]
+        if not found or self.report.dtype != "int8":
+            return self
+        return replace(self, report=replace(self.report, input_scale=found[0]))
+
     def build(self, shared: dict[int, BlockSparseLinear]) -> BlockSparseLinear:
         """The packed layer; weights shared between linears stay shared."""
         if self.packed is not None:
             weight: torch.Tensor = self.packed.weight_values
-            layer = self.packed.quantize()
+            layer = self.packed.quantize(self.report.input_scale or None)
         else:
             assert self.linear is not None
             assert self.report.block_shape is not None
             weight = self.linear.weight
             layer = BlockSparseLinear.from_linear(
-                self.linear, self.report.block_shape, dtype=self.report.dtype
-            )
+                self.linear, self.report.block_shape, None, self.report.dtype,
+                self.report.input_scale or None,
+            )  # fmt: skip
         first = shared.setdefault(id(weight), layer)
         if first is not layer:
             for name in (*FIELDS, SCALES):
@@ -322,6 +330,7 @@ def _report_packed(name: str, layer: BlockSparseLinear) -> LayerReport:
         packed=True,
         reason="was packed already",
         dtype="int8" if layer.is_int8 else "float32",
+        input_scale=layer.static_scale,
     )
 
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class LayerReport:
     """One linear layer, and the type of its weights as they are now. Times are
-    microseconds for one call, None when not measured."""
+    microseconds for one call, None when not measured. ``input_scale``: 0 where the
+    inputs of an int8 layer are quantised token by token."""
 
     name: str
     shape: tuple[int, int]
@@ -29,6 +30,7 @@ class LayerReport:
     packed: bool = False
     reason: str = ""
     dtype: str = "float32"
+    input_scale: float = 0.0
 
     @property
     def gain(self) -> float | None:
@@ -157,7 +159,8 @@ class PackReport:
 def _form(layer: LayerReport) -> str:
     if not layer.packed:
         return "dense"
-    return "packed" if layer.dtype == "float32" else f"packed, {layer.dtype}"
+    static = ", static" if layer.input_scale else ""
+    return f"packed, {layer.dtype}{static}" if layer.dtype == "int8" else "packed"
 
 
 def _number(value: float | None, spec: str) -> str:
