@@ -19,7 +19,7 @@ class Int8Matrix {
   Product product(float input_scale, uintptr_t bias, int activation, uintptr_t residual,
                   uintptr_t y) const {
     Product one = pattern_.product(0, bias, activation, residual, y);
-    one.schedule = &weights_.schedule;
+    one.schedule = &weights_.schedule();
     one.int8 = &weights_;
     one.input_scale = input_scale;
     return one;

@@ -24,6 +24,7 @@ void register_runtime(py::module_& module) {
     return names;
   });
   module.def("fma_peak", &fma_peak, py::call_guard<py::gil_scoped_release>());
+  module.def("dot_peak", &dot_peak, py::call_guard<py::gil_scoped_release>());
   module.def("tile_peak", &tile_peak, py::call_guard<py::gil_scoped_release>());
   module.def("read_bandwidth", &read_bandwidth, py::arg("bytes"),
              py::call_guard<py::gil_scoped_release>());

@@ -326,7 +326,7 @@ int64_t Multiplication::max_part_rows() const {
 void Multiplication::find_int8_inputs() {
   for (const Product* product = products_; product != products_ + count_; ++product) {
     if (!product->int8 || int8_inputs(*product)) continue;
-    const bool consecutive = product->int8->consecutive;
+    const bool consecutive = product->int8->consecutive();
     const int64_t bytes =
         int8_tile_bytes(in_, isa_.lanes, isa_.max_vectors, consecutive);
     const int64_t first = int8_floats();
@@ -338,7 +338,7 @@ void Multiplication::find_int8_inputs() {
 const Int8Inputs* Multiplication::int8_inputs(const Product& product) const {
   const auto found = std::find_if(
       int8_inputs_.begin(), int8_inputs_.end(), [&](const Int8Inputs& inputs) {
-        return inputs.consecutive == product.int8->consecutive &&
+        return inputs.consecutive == product.int8->consecutive() &&
                inputs.scale == product.input_scale;
       });
   return found == int8_inputs_.end() ? nullptr : &*found;
@@ -365,7 +365,7 @@ void Multiplication::multiply(const Part& part, int vectors, const float* x_tile
   if (product.int8) {
     const size_t p = static_cast<size_t>(part.index);
     const float* const scales = int8_tile + int8_inputs(product)->first;
-    isa_.int8->multiply({product.int8->view(), schedule.part_tiles[p],
+    isa_.int8->multiply({product.int8->view(isa_.int8->order), schedule.part_tiles[p],
                          schedule.part_tiles[p + 1], vectors,
                          reinterpret_cast<const int8_t*>(scales + token_scales()),
                          scales, product.epilogue.bias, y_tile});

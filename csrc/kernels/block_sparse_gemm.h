@@ -44,7 +44,7 @@ inline int64_t kept_weights(const BlockSparseView& weight) {
 }
 
 struct Schedule;
-struct Int8Weights;
+class Int8Weights;
 
 struct Epilogue {
   const float* bias;

@@ -39,6 +39,16 @@ double fma_peak() {
   return rate;
 }
 
+double dot_peak() {
+  constexpr int64_t kRounds = 200'000;
+  const Variants& isa = variants(active_isa());
+  volatile int32_t sink = 0;
+  const double rate = best_rate(2.0 * 4 * 24 * isa.lanes * static_cast<double>(kRounds),
+                                [&] { sink = isa.int8->dot_chains(kRounds); });
+  (void)sink;
+  return rate;
+}
+
 double tile_peak() {
   // 512 columns, so that starting a tile hardly counts, of a few inputs over and over:
   // 16 KB of weights and up to 12 KB of inputs.

@@ -12,4 +12,8 @@ double fma_peak();
 // clock rate that the CPU keeps while it also loads.
 double tile_peak();
 
+// The same for 8-bit products of vectors: multiplications and additions a second. AMX
+// does more of them.
+double dot_peak();
+
 }  // namespace pybsp

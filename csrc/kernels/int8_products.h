@@ -39,6 +39,10 @@ struct Int8Kernels {
   void (*quantize)(const float* x_tile, int64_t features, int vectors,
                    float input_scale, bool consecutive, int8_t* bytes, float* scales);
   void (*multiply)(const Int8Products& products);
+  // 24 x rounds vectors of products, four a lane, from registers; the result only keeps
+  // them from being removed.
+  int32_t (*dot_chains)(int64_t rounds);
+  Int8Order order;
 };
 
 // Bytes of a tile: of each feature as many as its lanes, or four for each lane of one

@@ -2,123 +2,160 @@
 #include "kernels/int8_weights.h"
 
 #include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "kernels/variants.h"
+#include "runtime/isa.h"
 
 namespace pybsp {
 namespace {
 
 constexpr int64_t kTileRows = 8;
 constexpr int64_t kQuad = 4;
+constexpr std::align_val_t kLine{64};
 
-// The columns of a pattern, in quads, and its weights in their order.
-class Packing {
- public:
-  Packing(const BlockSparseView& view, const int8_t* q, Int8Weights& packed)
-      : view_(view), q_(q), packed_(packed) {}
+int64_t blocks_of(const BlockSparseView& pattern, int64_t row) {
+  return pattern.crow_indices[row + 1] - pattern.crow_indices[row];
+}
 
-  // The tiles of block rows [first, last).
-  void append(int64_t first, int64_t last) {
-    const int64_t r = view_.block_rows;
-    for (int64_t row = first; row < last;) {
-      int64_t end = row + 1;
-      // Low blocks: rows with the same inputs, such as those of a dense layer, are a
-      // tile together.
-      while (end < last && (end + 1 - row) * r <= kTileRows && same_columns(row, end)) {
-        ++end;
-      }
-      append_block_rows(row, end);
-      row = end;
-    }
-  }
+const int32_t* columns_of(const BlockSparseView& pattern, int64_t row) {
+  return pattern.col_indices + pattern.crow_indices[row];
+}
 
- private:
-  int64_t blocks(int64_t row) const {
-    return view_.crow_indices[row + 1] - view_.crow_indices[row];
-  }
-  const int32_t* columns(int64_t row) const {
-    return view_.col_indices + view_.crow_indices[row];
-  }
-  bool same_columns(int64_t a, int64_t b) const {
-    return blocks(a) == blocks(b) &&
-           std::equal(columns(a), columns(a) + blocks(a), columns(b));
-  }
-
-  // Block rows [first, last) with the same columns.
-  void append_block_rows(int64_t first, int64_t last) {
-    const int64_t r = view_.block_rows, c = view_.block_cols;
-    const int64_t kept = blocks(first) * c, quads = (kept + kQuad - 1) / kQuad;
-    const int64_t step = packed_.consecutive ? 1 : kQuad;
-    const auto first_quad =
-        static_cast<int32_t>(static_cast<int64_t>(packed_.columns.size()) / step);
-    for (int64_t i = 0; i < quads * step; ++i) {
-      const int64_t column = packed_.consecutive
-                                 ? feature(first, i * kQuad) / kQuad
-                                 : feature(first, std::min(i, kept - 1));
-      packed_.columns.push_back(static_cast<int32_t>(column * 16));
-    }
-    const int64_t rows = (last - first) * r;
-    for (int64_t sub = 0; sub < rows; sub += kTileRows) {
-      const int64_t height = std::min(kTileRows, rows - sub);
-      packed_.tiles.push_back({static_cast<int32_t>(first * r + sub),
-                               static_cast<int32_t>(height),
-                               static_cast<int32_t>(quads), first_quad,
-                               static_cast<int64_t>(packed_.weights.size())});
-      for (int64_t i = 0; i < quads * kQuad; i += kQuad) {
-        for (int64_t row = sub; row < sub + height; ++row) {
-          for (int64_t k = i; k < i + kQuad; ++k) {
-            packed_.weights.push_back(k < kept ? weight(first + row / r, row % r, k)
-                                               : 0);
-          }
-        }
-      }
-    }
-  }
-
-  // The input feature of the i-th kept column of a block row.
-  int64_t feature(int64_t row, int64_t i) const {
-    return columns(row)[i / view_.block_cols] * view_.block_cols + i % view_.block_cols;
-  }
-  // Its weight in row `sub` of the block row.
-  int8_t weight(int64_t row, int64_t sub, int64_t i) const {
-    const int64_t c = view_.block_cols;
-    const int64_t block = view_.crow_indices[row] + i / c;
-    return q_[(block * c + i % c) * view_.block_rows + sub];
-  }
-
-  const BlockSparseView& view_;
-  const int8_t* q_;
-  Int8Weights& packed_;
-};
+bool same_columns(const BlockSparseView& pattern, int64_t a, int64_t b) {
+  const int32_t* columns = columns_of(pattern, a);
+  return blocks_of(pattern, a) == blocks_of(pattern, b) &&
+         std::equal(columns, columns + blocks_of(pattern, a), columns_of(pattern, b));
+}
 
 }  // namespace
 
-Int8Weights::Int8Weights(const BlockSparseView& view, const int8_t* q,
-                         const float* row_scales)
-    : consecutive(view.block_cols % kQuad == 0),
-      schedule(int8_schedule(view)),
-      scales(row_scales, row_scales + view.out_features),
-      offsets(static_cast<size_t>(view.out_features), 0) {
-  Packing packing(view, q, *this);
-  schedule.part_tiles.push_back(0);
-  for (int64_t part = 0; part < schedule.num_parts(); ++part) {
-    packing.append(schedule.part_rows[static_cast<size_t>(part)],
-                   schedule.part_rows[static_cast<size_t>(part) + 1]);
-    schedule.part_tiles.push_back(static_cast<int32_t>(tiles.size()));
+Int8Weights::Int8Weights(const BlockSparseView& pattern, const int8_t* q,
+                         const float* scales)
+    : consecutive_(pattern.block_cols % kQuad == 0),
+      schedule_(int8_schedule(pattern)),
+      scales_(scales, scales + pattern.out_features),
+      offsets_(static_cast<size_t>(pattern.out_features), 0),
+      order_(variants(active_isa()).int8->order) {
+  schedule_.part_tiles.push_back(0);
+  for (int64_t part = 0; part < schedule_.num_parts(); ++part) {
+    append_tiles(pattern, schedule_.part_rows[static_cast<size_t>(part)],
+                 schedule_.part_rows[static_cast<size_t>(part) + 1]);
+    schedule_.part_tiles.push_back(static_cast<int32_t>(tiles_.size()));
   }
-  for (const Int8Tile& tile : tiles) {
-    const int8_t* w = weights.data() + tile.weights;
-    for (int32_t i = 0; i < tile.quads * tile.rows * kQuad; ++i) {
-      offsets[static_cast<size_t>(tile.row + i / kQuad % tile.rows)] += 128 * w[i];
+  weights_ = zeros(order_);
+  const int64_t r = pattern.block_rows, c = pattern.block_cols;
+  for (const Int8Tile& tile : tiles_) {
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      const int64_t out = tile.row + row;
+      const int64_t first = pattern.crow_indices[out / r];
+      const int64_t kept = blocks_of(pattern, out / r) * c;
+      int32_t sum = 0;
+      for (int64_t i = 0; i < kept; ++i) {
+        const int8_t weight = q[(first * c + i) * r + out % r];
+        weights_[begin(tile, order_, row, i / kQuad) + i % kQuad] = weight;
+        sum += weight;
+      }
+      offsets_[static_cast<size_t>(out)] = 128 * sum;
     }
   }
-  columns.shrink_to_fit();
-  weights.shrink_to_fit();
+}
+
+// The tiles of block rows [first, last). Low blocks with the same inputs, such as the
+// rows of a dense layer, are a tile together.
+void Int8Weights::append_tiles(const BlockSparseView& pattern, int64_t first,
+                               int64_t last) {
+  const int64_t r = pattern.block_rows;
+  for (int64_t row = first; row < last;) {
+    int64_t end = row + 1;
+    while (end < last && (end + 1 - row) * r <= kTileRows &&
+           same_columns(pattern, row, end)) {
+      ++end;
+    }
+    const auto first_quad = static_cast<int32_t>(static_cast<int64_t>(columns_.size()) /
+                                                 (consecutive_ ? 1 : kQuad));
+    append_columns(pattern, row);
+    const int64_t quads =
+        (blocks_of(pattern, row) * pattern.block_cols + kQuad - 1) / kQuad;
+    for (int64_t sub = row * r; sub < end * r; sub += kTileRows) {
+      tiles_.push_back({static_cast<int32_t>(sub),
+                        static_cast<int32_t>(std::min(kTileRows, end * r - sub)),
+                        static_cast<int32_t>(quads), first_quad,
+                        size(Int8Order::by_quad), size(Int8Order::by_row)});
+    }
+    row = end;
+  }
+}
+
+void Int8Weights::append_columns(const BlockSparseView& pattern, int64_t row) {
+  const int64_t c = pattern.block_cols, kept = blocks_of(pattern, row) * c;
+  const auto feature = [&](int64_t i) {
+    return columns_of(pattern, row)[i / c] * c + i % c;
+  };
+  for (int64_t i = 0; i < kept; i += kQuad) {
+    if (consecutive_) {
+      columns_.push_back(static_cast<int32_t>(feature(i) / kQuad * 16));
+      continue;
+    }
+    for (int64_t k = i; k < i + kQuad; ++k) {
+      columns_.push_back(static_cast<int32_t>(feature(std::min(k, kept - 1)) * 16));
+    }
+  }
+}
+
+int64_t Int8Weights::begin(const Int8Tile& tile, Int8Order order, int64_t row,
+                           int64_t quad) {
+  if (order == Int8Order::by_row) {
+    return tile.by_row + row * tile.stride() + quad * kQuad;
+  }
+  return tile.by_quad + (quad * tile.rows + row) * kQuad;
+}
+
+int64_t Int8Weights::size(Int8Order order) const {
+  if (tiles_.empty()) return 0;
+  const Int8Tile& last = tiles_.back();
+  return order == Int8Order::by_row ? begin(last, order, last.rows, 0)
+                                    : begin(last, order, 0, last.quads);
+}
+
+void Int8Weights::Free::operator()(int8_t* p) const { operator delete[](p, kLine); }
+
+Int8Weights::Bytes Int8Weights::zeros(Int8Order order) const {
+  const auto count = static_cast<size_t>(size(order));
+  Bytes bytes(static_cast<int8_t*>(operator new[](count, kLine)));
+  std::memset(bytes.get(), 0, count);
+  return bytes;
+}
+
+Int8View Int8Weights::view(Int8Order order) const {
+  const int8_t* weights = weights_.get();
+  if (order != order_) {
+    std::call_once(other_once_, [&] {
+      other_ = zeros(order);
+      for (const Int8Tile& tile : tiles_) {
+        for (int64_t row = 0; row < tile.rows; ++row) {
+          for (int64_t quad = 0; quad < tile.quads; ++quad) {
+            std::memcpy(&other_[begin(tile, order, row, quad)],
+                        &weights_[begin(tile, order_, row, quad)], kQuad);
+          }
+        }
+      }
+    });
+    weights = other_.get();
+  }
+  return {consecutive_, tiles_.data(),  columns_.data(),
+          weights,      scales_.data(), offsets_.data()};
 }
 
 int64_t Int8Weights::bytes() const {
-  return static_cast<int64_t>(weights.size() + tiles.size() * sizeof(Int8Tile) +
-                              columns.size() * sizeof(int32_t) +
-                              scales.size() * sizeof(float) +
-                              offsets.size() * sizeof(int32_t));
+  return size(order_) +
+         (other_ ? size(order_ == Int8Order::by_row ? Int8Order::by_quad
+                                                    : Int8Order::by_row)
+                 : 0) +
+         static_cast<int64_t>(
+             tiles_.size() * sizeof(Int8Tile) + columns_.size() * sizeof(int32_t) +
+             scales_.size() * sizeof(float) + offsets_.size() * sizeof(int32_t));
 }
 
 }  // namespace pybsp

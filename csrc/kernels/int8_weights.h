@@ -9,6 +9,8 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <mutex>
 #include <vector>
 
 #include "kernels/block_sparse_gemm.h"
@@ -16,44 +18,72 @@
 
 namespace pybsp {
 
-// Up to eight consecutive outputs with the same inputs.
+// The order of the weights of a tile: [quad][row][4], or [row][quad][4] with the quads
+// of a row filled up with zeros to whole cache lines.
+enum class Int8Order { by_quad, by_row };
+
+// Up to eight consecutive outputs with the same inputs. Those of one block row follow
+// each other and have one first_quad.
 struct Int8Tile {
   int32_t row;
   int32_t rows;
   int32_t quads;
   int32_t first_quad;  // among those of all tiles, see `columns`
-  int64_t weights;     // [quad][row][4] from here on
+  int64_t by_quad;     // where its weights begin
+  int64_t by_row;
+
+  // Bytes from row to row in the order by row.
+  int64_t stride() const { return (int64_t{quads} * 4 + 63) / 64 * 64; }
 };
 
 struct Int8View {
   bool consecutive;  // quads of consecutive features
   const Int8Tile* tiles;
-  const int32_t* columns;
-  const int8_t* weights;
-  const float* scales;
-  const int32_t* offsets;
-};
-
-struct Int8Weights {
-  // Copies what it needs of (crow_indices, col_indices) of `view`, whose values are not
-  // read, of q (nnz, c, r) and of scales (out).
-  Int8Weights(const BlockSparseView& view, const int8_t* q, const float* scales);
-
-  int64_t bytes() const;
-  Int8View view() const {
-    return {consecutive,    tiles.data(),  columns.data(),
-            weights.data(), scales.data(), offsets.data()};
-  }
-
-  bool consecutive;
-  Schedule schedule;  // by row; part_tiles are boundaries in `tiles`
-  std::vector<Int8Tile> tiles;
   // For each quad the first of its features divided by four, or its four features; all
   // times 16, the bytes of the narrowest row of a tile of inputs.
-  std::vector<int32_t> columns;
-  std::vector<int8_t> weights;
-  std::vector<float> scales;     // (out)
-  std::vector<int32_t> offsets;  // (out) 128 times the sum of the weights
+  const int32_t* columns;
+  const int8_t* weights;
+  const float* scales;     // (out)
+  const int32_t* offsets;  // (out) 128 times the sum of the weights
+};
+
+class Int8Weights {
+ public:
+  // Copies what it needs of (crow_indices, col_indices) of `pattern`, whose values are
+  // not read, of q (nnz, c, r) and of scales (out).
+  Int8Weights(const BlockSparseView& pattern, const int8_t* q, const float* scales);
+
+  bool consecutive() const { return consecutive_; }
+  // By row; part_tiles are boundaries in the tiles.
+  const Schedule& schedule() const { return schedule_; }
+  // Made in the order of the active instruction set, and in the other one when that is
+  // asked for. Safe to call from several threads; throws std::bad_alloc.
+  Int8View view(Int8Order order) const;
+  int64_t bytes() const;
+
+ private:
+  struct Free {
+    void operator()(int8_t* p) const;
+  };
+  using Bytes = std::unique_ptr<int8_t[], Free>;
+
+  void append_tiles(const BlockSparseView& pattern, int64_t first, int64_t last);
+  void append_columns(const BlockSparseView& pattern, int64_t row);
+  static int64_t begin(const Int8Tile& tile, Int8Order order, int64_t row,
+                       int64_t quad);
+  int64_t size(Int8Order order) const;
+  Bytes zeros(Int8Order order) const;
+
+  bool consecutive_;
+  Schedule schedule_;
+  std::vector<Int8Tile> tiles_;
+  std::vector<int32_t> columns_;
+  std::vector<float> scales_;
+  std::vector<int32_t> offsets_;
+  Int8Order order_;
+  Bytes weights_;
+  mutable std::once_flag other_once_;
+  mutable Bytes other_;
 };
 
 }  // namespace pybsp

@@ -35,6 +35,12 @@ const Variants& variants(Isa isa) {
       return all;
     }
 #endif
+#ifdef PYBSP_HAVE_AMX
+    case Isa::amx: {
+      static const Variants all = with_int8(avx512::variants(), amx::int8_kernels);
+      return all;
+    }
+#endif
 #ifdef PYBSP_HAVE_NEON
     case Isa::neon:
       return neon::variants();

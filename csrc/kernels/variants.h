@@ -173,6 +173,9 @@ extern const Int8Kernels int8_kernels;
 namespace avx512_vnni {
 extern const Int8Kernels int8_kernels;
 }
+namespace amx {
+extern const Int8Kernels int8_kernels;
+}
 namespace neon_dot {
 extern const Int8Kernels int8_kernels;
 }

@@ -10,6 +10,9 @@ namespace pybsp::PYBSP_ISA {
 extern const BlockRowKernels<float> block_rows_float32;
 extern const BlockRowKernels<Bfloat16> block_rows_bfloat16;
 extern const Int8Kernels int8_kernels;
+int32_t dot_chains(int64_t rounds);
+void quantize_inputs(const float* x_tile, int64_t features, int vectors,
+                     float input_scale, bool consecutive, int8_t* bytes, float* scales);
 void pack_tokens(const float* x, int64_t in_features, int64_t tokens, int64_t first,
                  int64_t last, int vectors, float* tile);
 void multiply_rows(const BlockSparseView& weight, int64_t first, int64_t last,

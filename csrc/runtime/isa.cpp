@@ -4,6 +4,10 @@
 #ifdef PYBSP_HAVE_AVX2_VNNI
 #include <cpuid.h>
 #endif
+#ifdef PYBSP_HAVE_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #ifdef PYBSP_HAVE_NEON_DOT
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -17,13 +21,25 @@ namespace pybsp {
 namespace {
 
 constexpr Isa kAllIsas[] = {Isa::generic,     Isa::avx2, Isa::avx2_vnni, Isa::avx512,
-                            Isa::avx512_vnni, Isa::neon, Isa::neon_dot};
+                            Isa::avx512_vnni, Isa::amx,  Isa::neon,      Isa::neon_dot};
 
 #ifdef PYBSP_HAVE_AVX2_VNNI
 // GCC 12 has no name for it: CPUID leaf 7, subleaf 1, EAX bit 4.
 bool cpu_has_avx_vnni() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
+}
+#endif
+
+#ifdef PYBSP_HAVE_AMX
+// CPUID leaf 7, EDX bits 24 and 25, and the system's permission, which Linux gives to a
+// process that asks.
+bool may_use_amx() {
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kTile) &&
+         (edx & kInt8) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif
 
@@ -48,6 +64,10 @@ bool cpu_supports(Isa isa) {
 #ifdef PYBSP_HAVE_AVX512_VNNI
     case Isa::avx512_vnni:
       return cpu_supports(Isa::avx512) && __builtin_cpu_supports("avx512vnni");
+#endif
+#ifdef PYBSP_HAVE_AMX
+    case Isa::amx:
+      return cpu_supports(Isa::avx512) && may_use_amx();
 #endif
 #ifdef PYBSP_HAVE_NEON
     case Isa::neon:
@@ -109,6 +129,8 @@ const char* isa_name(Isa isa) {
       return "avx2_vnni";
     case Isa::avx512_vnni:
       return "avx512_vnni";
+    case Isa::amx:
+      return "amx";
     case Isa::neon:
       return "neon";
     case Isa::neon_dot:

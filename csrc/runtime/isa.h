@@ -7,9 +7,9 @@
 
 namespace pybsp {
 
-// The sets of which the names have a second part add 8-bit products to the one of the
-// first part and share everything else with it.
-enum class Isa { generic, avx2, avx2_vnni, avx512, avx512_vnni, neon, neon_dot };
+// avx2_vnni, avx512_vnni, amx (to avx512) and neon_dot add 8-bit products to the set
+// before them and share everything else with it.
+enum class Isa { generic, avx2, avx2_vnni, avx512, avx512_vnni, amx, neon, neon_dot };
 
 // The spelling used in PYBSP_ISA, file names, test ids and tables.
 const char* isa_name(Isa isa);

@@ -23,7 +23,6 @@ inline void store_bytes(int8_t* p, Bytes a) {
 }
 inline Sums set1_sums(int32_t a) { return _mm256_set1_epi32(a); }
 inline Sums add_sums(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
-inline Sums sub_sums(Sums a, Sums b) { return _mm256_sub_epi32(a, b); }
 inline Bytes zip8_low(Bytes a, Bytes b) { return _mm256_unpacklo_epi8(a, b); }
 inline Bytes zip8_high(Bytes a, Bytes b) { return _mm256_unpackhi_epi8(a, b); }
 inline Bytes zip16_low(Bytes a, Bytes b) { return _mm256_unpacklo_epi16(a, b); }

@@ -19,7 +19,6 @@ inline Bytes load_bytes(const int8_t* p) { return _mm512_loadu_si512(p); }
 inline void store_bytes(int8_t* p, Bytes a) { _mm512_storeu_si512(p, a); }
 inline Sums set1_sums(int32_t a) { return _mm512_set1_epi32(a); }
 inline Sums add_sums(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
-inline Sums sub_sums(Sums a, Sums b) { return _mm512_sub_epi32(a, b); }
 inline Bytes zip8_low(Bytes a, Bytes b) { return _mm512_unpacklo_epi8(a, b); }
 inline Bytes zip8_high(Bytes a, Bytes b) { return _mm512_unpackhi_epi8(a, b); }
 inline Bytes zip16_low(Bytes a, Bytes b) { return _mm512_unpacklo_epi16(a, b); }

@@ -29,7 +29,6 @@ inline Bytes load_bytes(const int8_t* p) {
 inline void store_bytes(int8_t* p, Bytes a) { std::memcpy(p, &a, sizeof(a)); }
 inline Sums set1_sums(int32_t a) { return Sums{a, a, a, a}; }
 inline Sums add_sums(Sums a, Sums b) { return a + b; }
-inline Sums sub_sums(Sums a, Sums b) { return a - b; }
 
 // Of each 16 bytes of a and b: a0, b0, a1, b1, ... of the lower and the upper half; the
 // same for pairs of bytes.

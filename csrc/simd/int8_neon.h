@@ -22,7 +22,6 @@ inline Bytes load_bytes(const int8_t* p) { return vld1q_s8(p); }
 inline void store_bytes(int8_t* p, Bytes a) { vst1q_s8(p, a); }
 inline Sums set1_sums(int32_t a) { return vdupq_n_s32(a); }
 inline Sums add_sums(Sums a, Sums b) { return vaddq_s32(a, b); }
-inline Sums sub_sums(Sums a, Sums b) { return vsubq_s32(a, b); }
 inline Bytes zip8_low(Bytes a, Bytes b) { return vzip1q_s8(a, b); }
 inline Bytes zip8_high(Bytes a, Bytes b) { return vzip2q_s8(a, b); }
 inline Bytes zip16_low(Bytes a, Bytes b) {

@@ -16,6 +16,7 @@ set_active_isa = _core.set_active_isa
 active_isa = _core.active_isa
 available_isas = _core.available_isas
 #: Operations a second of one thread on registers alone, two for each multiply-add.
+dot_peak = _core.dot_peak
 fma_peak = _core.fma_peak
 #: The same of the forward kernel's widest tile with weights and inputs in L1: what its
 #: instructions allow at the clock rate the CPU keeps while it loads.

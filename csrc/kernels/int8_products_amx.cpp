@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products of 8-bit tiles on AMX: 16 outputs x 16 tokens x 16 quads an instruction. The
+// inputs of 16 quads are brought together in memory, 64 bytes a quad and vector, unless
+// they lie so already.
+#include "kernels/int8_tile_products.h"
+#include "kernels/variants_isa.h"
+
+namespace pybsp::PYBSP_ISA {
+namespace {
+
+constexpr int kQuads = 16;  // in an instruction
+constexpr int kRows = 16;   // outputs, two tiles of weights
+constexpr int kInputBytes = kQuads * kVectorBytes;
+
+// What _tile_loadconfig reads.
+struct TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Sums are tiles 0 to 2 and, of other outputs, 3 to 5; weights 6, inputs 7.
+void configure(int64_t rows) {
+  alignas(64) TileConfig config;
+  for (int tile = 0; tile < 8; ++tile) {
+    config.row_bytes[tile] = 64;
+    config.rows[tile] = static_cast<uint8_t>(tile == 7 ? kQuads : rows);
+  }
+  _tile_loadconfig(&config);
+}
+
+// The inputs of 16 quads, of which `quads` exist, for each vector: inputs + v *
+// kInputBytes.
+template <int kVectors>
+inline void gather(const Int8Products& products, const int32_t* columns, int64_t quads,
+                   int8_t* inputs) {
+  for (int64_t q = 0; q < kQuads; ++q) {
+    Bytes quad[kVectors];
+    // Past the last quad any inputs meet weights of zero.
+    const int64_t from = q < quads ? q : 0;
+    if (products.weights.consecutive) {
+      const int8_t* x =
+          products.bytes + int64_t{columns[from]} * (kVectors * kLanes / 4);
+      PYBSP_UNROLL
+      for (int v = 0; v < kVectors; ++v) quad[v] = load_bytes(x + v * kVectorBytes);
+    } else {
+      Bytes rows[4];
+      PYBSP_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        rows[k] =
+            load_bytes(products.bytes + int64_t{columns[4 * from + k]} * (kLanes / 4));
+      }
+      bring_together<kVectors>(rows, quad);
+    }
+    PYBSP_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      store_bytes(inputs + v * kInputBytes + q * kVectorBytes, quad[v]);
+    }
+  }
+}
+
+// The products of `rows` outputs from `tile` on, up to 32 in two groups of at most 16.
+template <int kVectors, bool kTwo>
+void multiply_outputs(const Int8Products& products, const Int8Tile& tile,
+                      int64_t rows) {
+  const Int8View& weights = products.weights;
+  const int step = weights.consecutive ? 1 : 4;
+  const int32_t* columns = weights.columns + int64_t{tile.first_quad} * step;
+  const int8_t* w = weights.weights + tile.by_row;
+  const int64_t stride = tile.stride(), second = kRows * stride;
+  alignas(64) int8_t inputs[2][kVectors * kInputBytes];
+  _tile_zero(0);
+  if constexpr (kVectors >= 2) _tile_zero(1);
+  if constexpr (kVectors >= 3) _tile_zero(2);
+  if constexpr (kTwo) {
+    _tile_zero(3);
+    if constexpr (kVectors >= 2) _tile_zero(4);
+    if constexpr (kVectors >= 3) _tile_zero(5);
+  }
+  // Inputs are gathered a step ahead: a tile is loaded from the cache, not from stores
+  // that are still on their way.
+  int64_t quads = tile.quads;
+  if (quads > 0) gather<kVectors>(products, columns, quads, inputs[0]);
+  for (int turn = 0; quads > 0; turn ^= 1) {
+    const int8_t* const in = inputs[turn];
+    quads -= kQuads;
+    columns += kQuads * step;
+    if (quads > 0) gather<kVectors>(products, columns, quads, inputs[turn ^ 1]);
+    _tile_loadd(6, w, stride);
+    _tile_loadd(7, in, kVectorBytes);
+    _tile_dpbsud(0, 6, 7);
+    if constexpr (kTwo) {
+      // Each tile of inputs meets both groups of outputs; the weights are read again.
+      _tile_loadd(6, w + second, stride);
+      _tile_dpbsud(3, 6, 7);
+      if constexpr (kVectors >= 2) {
+        _tile_loadd(7, in + kInputBytes, kVectorBytes);
+        _tile_dpbsud(4, 6, 7);
+        _tile_loadd(6, w, stride);
+        _tile_dpbsud(1, 6, 7);
+      }
+      if constexpr (kVectors >= 3) {
+        _tile_loadd(7, in + 2 * kInputBytes, kVectorBytes);
+        _tile_dpbsud(2, 6, 7);
+        _tile_loadd(6, w + second, stride);
+        _tile_dpbsud(5, 6, 7);
+      }
+    } else {
+      if constexpr (kVectors >= 2) {
+        _tile_loadd(7, in + kInputBytes, kVectorBytes);
+        _tile_dpbsud(1, 6, 7);
+      }
+      if constexpr (kVectors >= 3) {
+        _tile_loadd(7, in + 2 * kInputBytes, kVectorBytes);
+        _tile_dpbsud(2, 6, 7);
+      }
+    }
+    w += 4 * kQuads;
+  }
+  alignas(64) int32_t sums[kRows * kLanes];
+  const OutputTile<kVectors> to(products);
+  const auto put = [&](int64_t first, int v) {
+    const int64_t count = rows - first < kRows ? rows - first : kRows;
+    for (int64_t row = 0; row < count; ++row) {
+      const int64_t out = tile.row + first + row;
+      to.put(out, v,
+             add_sums(_mm512_load_si512(sums + row * kLanes),
+                      set1_sums(first_sum(products, out))));
+    }
+  };
+  _tile_stored(0, sums, 64);
+  put(0, 0);
+  if constexpr (kVectors >= 2) {
+    _tile_stored(1, sums, 64);
+    put(0, 1);
+  }
+  if constexpr (kVectors >= 3) {
+    _tile_stored(2, sums, 64);
+    put(0, 2);
+  }
+  if constexpr (kTwo) {
+    _tile_stored(3, sums, 64);
+    put(kRows, 0);
+    if constexpr (kVectors >= 2) {
+      _tile_stored(4, sums, 64);
+      put(kRows, 1);
+    }
+    if constexpr (kVectors >= 3) {
+      _tile_stored(5, sums, 64);
+      put(kRows, 2);
+    }
+  }
+}
+
+// Outputs from `tile` on that share its inputs and whose weights follow each other: up
+// to 16, or 32, for a tile register has one height.
+int64_t rows_together(const Int8Tile* tile, const Int8Tile* end) {
+  int64_t rows = 0, whole = 0;
+  for (const Int8Tile* next = tile;
+       next != end && next->first_quad == tile->first_quad &&
+       next->quads == tile->quads && next->row == tile->row + rows &&
+       rows + next->rows <= 2 * kRows;
+       ++next) {
+    rows += next->rows;
+    if (rows <= kRows || rows == 2 * kRows) whole = rows;
+  }
+  return whole;
+}
+
+// An instruction takes as long for fewer outputs. Eight of any columns are faster with
+// vectors, which bring the inputs together without a way through memory.
+template <int kVectors>
+void multiply_width(const Int8Products& products) {
+  const Int8Tile* const end = products.weights.tiles + products.last;
+  int64_t configured = 0;
+  for (const Int8Tile* tile = products.weights.tiles + products.first; tile != end;) {
+    const int64_t rows = rows_together(tile, end);
+    if (rows < (products.weights.consecutive ? 8 : 16)) {
+      multiply_whole_tile<kVectors>(
+          products, *tile,
+          {products.weights.weights + tile->by_row, 4, tile->stride()});
+      ++tile;
+      continue;
+    }
+    const int64_t height = rows < kRows ? rows : kRows;
+    if (height != configured) configure(height);
+    configured = height;
+    if (rows > kRows) {
+      multiply_outputs<kVectors, true>(products, *tile, rows);
+    } else {
+      multiply_outputs<kVectors, false>(products, *tile, rows);
+    }
+    for (int64_t done = 0; done < rows; ++tile) done += tile->rows;
+  }
+  _tile_release();
+}
+
+void multiply(const Int8Products& products) {
+  switch (products.vectors) {
+    case 1:
+      return multiply_width<1>(products);
+    case 2:
+      return multiply_width<2>(products);
+    default:
+      return multiply_width<3>(products);
+  }
+}
+
+}  // namespace
+
+const Int8Kernels int8_kernels = {quantize_inputs, multiply, dot_chains,
+                                  Int8Order::by_row};
+
+}  // namespace pybsp::PYBSP_ISA
