@@ -154,8 +154,10 @@ def layers_table(report: PackReport) -> Table:
         name = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", layer.name)
         key = (name, layer.shape, layer.block_shape, layer.packed, layer.reason)
         kinds.setdefault(key, []).append(layer)
+    int8 = any(layer.dtype == "int8" for layer in report.layers)
+    known = "int8, measured" if int8 else "predicted"
     table = Table(
-        title=f"each layer alone, {report.tokens} tokens, predicted",
+        title=f"each layer alone, {report.tokens} tokens, {known}",
         title_justify="left",
         caption=report.summary(),
         caption_justify="left",

@@ -216,9 +216,7 @@ HARM = {
     "scales of another type": lambda t: t.update(
         {f"{LAYER}.weight_scales": torch.ones(64, dtype=torch.float16)}
     ),
-    "negative scales": lambda t: t.update(
-        {f"{LAYER}.weight_scales": -torch.ones(64)}
-    ),
+    "negative scales": lambda t: t.update({f"{LAYER}.weight_scales": -torch.ones(64)}),
     "infinite scales": lambda t: t.update(
         {f"{LAYER}.weight_scales": torch.full((64,), torch.inf)}
     ),
