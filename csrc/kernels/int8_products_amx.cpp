@@ -68,7 +68,7 @@ void multiply_outputs(const Int8Products& products, const Int8Tile& tile,
   const Int8View& weights = products.weights;
   const int step = weights.consecutive ? 1 : 4;
   const int32_t* columns = weights.columns + int64_t{tile.first_quad} * step;
-  const int8_t* w = weights.weights + tile.by_row;
+  const int8_t* w = weights.weights + tile.high_by_row;
   const int64_t stride = tile.stride(), second = kRows * stride;
   alignas(64) int8_t inputs[2][kVectors * kInputBytes];
   _tile_zero(0);
@@ -169,21 +169,19 @@ int64_t rows_together(const Int8Tile* tile, const Int8Tile* end) {
   return whole;
 }
 
-// An instruction takes as long for fewer outputs. Eight of any columns are faster with
-// vectors, which bring the inputs together without a way through memory.
 template <int kVectors>
 void multiply_width(const Int8Products& products) {
   const Int8Tile* const end = products.weights.tiles + products.last;
   int64_t configured = 0;
   for (const Int8Tile* tile = products.weights.tiles + products.first; tile != end;) {
-    const int64_t rows = rows_together(tile, end);
-    if (rows < (products.weights.consecutive ? 8 : 16)) {
+    if (!tile->high) {
       multiply_whole_tile<kVectors>(
           products, *tile,
-          {products.weights.weights + tile->by_row, 4, tile->stride()});
+          {products.weights.weights + tile->high_by_row, 4 * tile->rows, 4});
       ++tile;
       continue;
     }
+    const int64_t rows = rows_together(tile, end);
     const int64_t height = rows < kRows ? rows : kRows;
     if (height != configured) configure(height);
     configured = height;
@@ -211,6 +209,6 @@ void multiply(const Int8Products& products) {
 }  // namespace
 
 const Int8Kernels int8_kernels = {quantize_inputs, multiply, dot_chains,
-                                  Int8Order::by_row};
+                                  Int8Order::high_by_row};
 
 }  // namespace pybsp::PYBSP_ISA
