@@ -34,7 +34,7 @@ void configure(int64_t rows) {
 // The inputs of 16 quads, of which `quads` exist, for each vector: inputs + v *
 // kInputBytes.
 template <int kVectors>
-inline void gather(const Int8Products& products, const int32_t* columns, int64_t quads,
+inline void gather(const Int8Products& products, const uint16_t* columns, int64_t quads,
                    int8_t* inputs) {
   for (int64_t q = 0; q < kQuads; ++q) {
     Bytes quad[kVectors];
@@ -42,7 +42,7 @@ inline void gather(const Int8Products& products, const int32_t* columns, int64_t
     const int64_t from = q < quads ? q : 0;
     if (products.weights.consecutive) {
       const int8_t* x =
-          products.bytes + int64_t{columns[from]} * (kVectors * kLanes / 4);
+          products.bytes + int64_t{columns[from]} * (kVectors * kVectorBytes);
       PYBSP_UNROLL
       for (int v = 0; v < kVectors; ++v) quad[v] = load_bytes(x + v * kVectorBytes);
     } else {
@@ -50,7 +50,7 @@ inline void gather(const Int8Products& products, const int32_t* columns, int64_t
       PYBSP_UNROLL
       for (int k = 0; k < 4; ++k) {
         rows[k] =
-            load_bytes(products.bytes + int64_t{columns[4 * from + k]} * (kLanes / 4));
+            load_bytes(products.bytes + int64_t{columns[4 * from + k]} * kVectorBytes);
       }
       bring_together<kVectors>(rows, quad);
     }
@@ -67,7 +67,7 @@ void multiply_outputs(const Int8Products& products, const Int8Tile& tile,
                       int64_t rows) {
   const Int8View& weights = products.weights;
   const int step = weights.consecutive ? 1 : 4;
-  const int32_t* columns = weights.columns + int64_t{tile.first_quad} * step;
+  const uint16_t* columns = weights.columns + int64_t{tile.first_quad} * step;
   const int8_t* w = weights.weights + tile.high_by_row;
   const int64_t stride = tile.stride(), second = kRows * stride;
   alignas(64) int8_t inputs[2][kVectors * kInputBytes];

@@ -101,11 +101,11 @@ void Int8Weights::append_columns(const BlockSparseView& pattern, int64_t row) {
   };
   for (int64_t i = 0; i < kept; i += kQuad) {
     if (consecutive_) {
-      columns_.push_back(static_cast<int32_t>(feature(i) / kQuad * 16));
+      columns_.push_back(static_cast<uint16_t>(feature(i) / kQuad));
       continue;
     }
     for (int64_t k = i; k < i + kQuad; ++k) {
-      columns_.push_back(static_cast<int32_t>(feature(std::min(k, kept - 1)) * 16));
+      columns_.push_back(static_cast<uint16_t>(feature(std::min(k, kept - 1))));
     }
   }
 }
@@ -163,10 +163,9 @@ Int8View Int8Weights::view(Int8Order order) const {
 
 int64_t Int8Weights::bytes() const {
   return size(order_) + (other_ ? size(other_order()) : 0) +
-         static_cast<int64_t>(tiles_.size() * sizeof(Int8Tile) +
-                              columns_.size() * sizeof(int32_t) +
-                              scales_.size() * sizeof(float) +
-                              offsets_.size() * sizeof(int32_t));
+         static_cast<int64_t>(
+             tiles_.size() * sizeof(Int8Tile) + columns_.size() * sizeof(uint16_t) +
+             scales_.size() * sizeof(float) + offsets_.size() * sizeof(int32_t));
 }
 
 }  // namespace pybsp

@@ -40,9 +40,8 @@ struct Int8Tile {
 struct Int8View {
   bool consecutive;  // quads of consecutive features
   const Int8Tile* tiles;
-  // For each quad the first of its features divided by four, or its four features; all
-  // times 16, the bytes of the narrowest row of a tile of inputs.
-  const int32_t* columns;
+  // For each quad the first of its features divided by four, or its four features.
+  const uint16_t* columns;
   const int8_t* weights;
   const float* scales;     // (out)
   const int32_t* offsets;  // (out) 128 times the sum of the weights
@@ -79,7 +78,7 @@ class Int8Weights {
   bool consecutive_;
   Schedule schedule_;
   std::vector<Int8Tile> tiles_;
-  std::vector<int32_t> columns_;
+  std::vector<uint16_t> columns_;
   std::vector<float> scales_;
   std::vector<int32_t> offsets_;
   Int8Order order_;
