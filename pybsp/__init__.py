@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 # torch first: its OpenMP runtime is then the one the compiled module shares.
 import torch as _torch  # noqa: F401
 
-from . import nn, ops, reference
+from . import nn, ops, quantization, reference
 from .integrations import register_on_import as _register_on_import
 from .matrix import BlockSparseMatrix
 from .nn.pack import pack_
@@ -22,8 +22,10 @@ from .pruning import (
     preserve_sparsity,
     print_sparsity,
 )
+from .quantization import QuantizationAwareTraining
 
 if TYPE_CHECKING:
+    from .integrations.quantization import QuantizationCallback
     from .integrations.trainer import BlockPruningCallback
     from .integrations.transformers import save_packed
 
@@ -32,6 +34,7 @@ __version__ = _version("pybsp")
 # These need transformers, which takes a second to import: loaded on first use.
 _LAZY = {
     "BlockPruningCallback": "pybsp.integrations.trainer",
+    "QuantizationCallback": "pybsp.integrations.quantization",
     "save_packed": "pybsp.integrations.transformers",
 }
 
@@ -42,12 +45,15 @@ __all__ = [
     "BlockShapeReport",
     "BlockSparseMatrix",
     "PackReport",
+    "QuantizationAwareTraining",
+    "QuantizationCallback",
     "block_sparse_linear",
     "nn",
     "ops",
     "pack_",
     "preserve_sparsity",
     "print_sparsity",
+    "quantization",
     "reference",
     "save_packed",
     "show_config",

@@ -7,6 +7,10 @@ block column, ``col_indices`` ``(nnz,)`` and ``crow_indices`` ``(out/r + 1,)``.
 In memory each block lies column by column (strides ``(r*c, 1, r)``): the kernel then
 reads the ``r`` weights of one input feature from consecutive addresses, so the storage
 format is the execution format and no second copy exists.
+
+The values are float32, or int8 with one float32 scale for each output: row ``o`` of the
+matrix is then ``scales[o]`` times its whole numbers. The kernels read int8 blocks in an
+order of their own, so the matrix holds these twice.
 """
 
 from __future__ import annotations
@@ -18,11 +22,12 @@ import torch.nn.functional as F
 
 from . import ops
 from .blocks import BlockShape, BlockShapeSpec, block_view, resolve_block_shape
-from .reference import block_sparse_to_dense
+from .quantization.weights import Clip, quantize_rows, round_rows
+from .reference import block_sparse_to_dense, dequantized_blocks, gather_blocks
 
 
 class BlockSparseMatrix:
-    """A two-dimensional float32 matrix that stores only its nonzero blocks.
+    """A two-dimensional matrix that stores only its nonzero blocks.
 
     Parameters
     ----------
@@ -30,14 +35,16 @@ class BlockSparseMatrix:
         Block row ``i`` owns blocks ``crow_indices[i]:crow_indices[i+1]``.
     col_indices : int16, int32 or int64 tensor ``(nnz,)``
         Block column of every block, strictly increasing within a block row.
-    values : float32 tensor ``(nnz, r, c)``
-        May require grad; kept as it is when its blocks already lie column by column.
+    values : float32 or int8 tensor ``(nnz, r, c)``
+        Kept as it is when its blocks already lie column by column. float32 may require
+        grad; int8 must not be written to.
     shape : ``(out, in)``
+    scales : float32 tensor ``(out,)``, finite and not negative; with int8 values only
 
     Raises ``ValueError`` or ``TypeError`` when the fields contradict each other.
     """
 
-    __slots__ = ("col_indices", "crow_indices", "pattern", "shape", "values")
+    __slots__ = ("col_indices", "crow_indices", "pattern", "scales", "shape", "values")
 
     def __init__(
         self,
@@ -45,14 +52,20 @@ class BlockSparseMatrix:
         col_indices: torch.Tensor,
         values: torch.Tensor,
         shape: tuple[int, int],
+        scales: torch.Tensor | None = None,
     ) -> None:
         self.shape = (int(shape[0]), int(shape[1]))
         self.crow_indices = ops.int32_indices("crow_indices", crow_indices)
         self.col_indices = ops.int32_indices("col_indices", col_indices)
         self.values = ops.column_major_blocks(values)
-        #: The native call bound to the indices, which must not be written to.
-        self.pattern = ops.bind_pattern(
-            self.crow_indices, self.col_indices, self.values, self.shape
+        self.scales = None if scales is None else scales.contiguous()
+        fields = (self.crow_indices, self.col_indices, self.values, self.shape)
+        #: The native call bound to the indices, which must not be written to, and to
+        #: the numbers of an int8 matrix.
+        self.pattern = (
+            ops.bind_pattern(*fields)
+            if self.scales is None
+            else ops.bind_int8(*fields, self.scales)
         )
 
     @classmethod
@@ -103,21 +116,69 @@ class BlockSparseMatrix:
         )
 
     def to_bsr(self) -> torch.Tensor:
-        """As a ``torch.sparse_bsr`` tensor with contiguous blocks."""
+        """As a ``torch.sparse_bsr`` tensor of float32 with contiguous blocks."""
         return torch.sparse_bsr_tensor(
             # Copies: the indices of this matrix have been checked and must not change.
             self.crow_indices.clone(),
             self.col_indices.clone(),
-            self.values.detach().contiguous(),
+            self._float_values().detach().contiguous(),
             size=self.shape,
             check_invariants=False,  # checked when this matrix was made
         )
 
     def to_dense(self) -> torch.Tensor:
-        """The dense ``(out, in)`` matrix; differentiable in ``values``."""
+        """The dense float32 ``(out, in)`` matrix; differentiable in float32 values."""
         return block_sparse_to_dense(
-            self.crow_indices, self.col_indices, self.values, self.shape
+            self.crow_indices, self.col_indices, self._float_values(), self.shape
         )
+
+    def quantize(self, dtype: str = "int8", clip: Clip = "mse") -> BlockSparseMatrix:
+        """The same pattern with int8 values and a scale for each output.
+
+        ``clip`` as for ``quantization.weights.quantize_rows``. An int8 matrix is
+        returned as it is.
+        """
+        if dtype != "int8":
+            raise ValueError(f"dtype must be 'int8'; got {dtype!r}")
+        if self.scales is not None:
+            return self
+        quantized, scales = quantize_rows(self.to_dense().detach(), clip)
+        return self._with_rows(quantized, scales)
+
+    def quantize_with(self, scales: torch.Tensor) -> BlockSparseMatrix:
+        """``quantize`` with scales that are known: finds the very numbers again from
+        which ``dequantize`` made this matrix."""
+        return self._with_rows(round_rows(self.to_dense().detach(), scales), scales)
+
+    def _with_rows(
+        self, quantized: torch.Tensor, scales: torch.Tensor
+    ) -> BlockSparseMatrix:
+        values = gather_blocks(
+            quantized, self.crow_indices, self.col_indices, self.block_shape
+        )
+        return BlockSparseMatrix(
+            self.crow_indices, self.col_indices, values, self.shape, scales
+        )
+
+    def dequantize(self) -> BlockSparseMatrix:
+        """The same matrix in float32; one that is float32 already as it is."""
+        if self.scales is None:
+            return self
+        return BlockSparseMatrix(
+            self.crow_indices, self.col_indices, self._float_values(), self.shape
+        )
+
+    def _float_values(self) -> torch.Tensor:
+        if self.scales is None:
+            return self.values
+        return dequantized_blocks(
+            self.crow_indices, self.col_indices, self.values, self.scales
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values: ``torch.float32`` or ``torch.int8``."""
+        return self.values.dtype
 
     @property
     def block_shape(self) -> BlockShape:
@@ -136,17 +197,19 @@ class BlockSparseMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of values and indices, without the schedule derived from them."""
-        fields = (self.crow_indices, self.col_indices, self.values)
-        return sum(field.numel() * field.element_size() for field in fields)
+        """Bytes of values, scales and indices, without what is derived from them: a
+        schedule, and of an int8 matrix its numbers in the order of the kernels."""
+        fields = (self.crow_indices, self.col_indices, self.values, self.scales)
+        return sum(field.nbytes for field in fields if field is not None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The pattern is native; a copy or an unpickled matrix binds its own.
         fields = (self.crow_indices, self.col_indices, self.values, self.shape)
-        return type(self), fields
+        return type(self), (*fields, self.scales)
 
     def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"BlockSparseMatrix(shape={self.shape}, block_shape={self.block_shape}, "
-            f"density={self.density:.3f}, nbytes={self.nbytes})"
+            f"density={self.density:.3f}, dtype={dtype}, nbytes={self.nbytes})"
         )

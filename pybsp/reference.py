@@ -23,6 +23,10 @@ ACTIVATIONS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+#: Inputs of which none reaches this are rounded to zero before an int8 product.
+LEAST_INPUT = 2.0**-100
+
+
 def block_norms(weight: torch.Tensor, block_shape: BlockShape) -> torch.Tensor:
     """``||W_b||`` for every block, shape ``(out/r, in/c)``; float32 for bfloat16."""
     blocks = block_view(_wide(weight), block_shape)
@@ -134,6 +138,68 @@ def block_sparse_linear(
     """``activation(x @ W.T + bias)`` through the dense ``W``."""
     weight = block_sparse_to_dense(crow_indices, col_indices, values, shape)
     return ACTIVATIONS[activation](F.linear(x, weight, bias))
+
+
+def dequantized_blocks(
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+) -> torch.Tensor:
+    """``values * scales`` in float32: int8 blocks ``(nnz, r, c)`` and the scale of each
+    of the ``out`` rows."""
+    row_indices = block_row_indices(crow_indices, col_indices)
+    row_scales = scales.view(-1, values.shape[1], 1)
+    return values.float() * row_scales[row_indices]
+
+
+def quantize_tokens(
+    x: torch.Tensor, input_scale: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x`` ``(..., in)`` as whole numbers of -127 to 127, and the scale ``(..., 1)``.
+
+    ``input_scale`` 0: ``max |x| / 127`` for each token, and zeros with the scale 0 for
+    one whose numbers are all below ``LEAST_INPUT``. Else that scale for all tokens, and
+    what is beyond ``127 input_scale`` becomes 127. A token with a NaN or an infinity
+    has the scale NaN.
+    """
+    largest = x.abs().amax(-1, keepdim=True)
+    if input_scale:
+        scale = torch.full_like(largest, input_scale)
+        inverse = 1.0 / scale
+    else:
+        usable, most = largest >= LEAST_INPUT, torch.full_like(largest, 127.0)
+        # Of two tensors: a number divided by a tensor is rounded twice.
+        scale = torch.where(usable, largest / most, 0.0)
+        inverse = torch.where(usable, most / largest, 0.0)
+    quantized = (x * inverse).round().clamp(-127.0, 127.0)
+    finite = largest.isfinite()
+    return torch.where(finite, quantized, 0.0), torch.where(finite, scale, torch.nan)
+
+
+def block_sparse_linear_int8(
+    x: torch.Tensor,
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    shape: tuple[int, int],
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    input_scale: float = 0.0,
+) -> torch.Tensor:
+    """``activation((q_x @ q_W.T) * scales * s + bias)`` with ``x ~ q_x s``; no bias is
+    one of zeros.
+
+    The sums of products are exact and rounded to float32 once; each operation after
+    that is rounded by itself.
+    """
+    weight = block_sparse_to_dense(crow_indices, col_indices, values, shape)
+    quantized, scale = quantize_tokens(x, input_scale)
+    # float64 holds every sum of products of bytes. The zero of integers has no sign.
+    sums = (quantized.double() @ weight.double().t()).to(torch.int32)
+    y = sums.float() * scales * scale
+    return ACTIVATIONS[activation](y + (0.0 if bias is None else bias))
 
 
 def block_sparse_grad_x(

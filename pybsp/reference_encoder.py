@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .reference import ACTIVATIONS
+from .reference import ACTIVATIONS, block_sparse_linear_int8
 
 
 def encoder(
@@ -107,7 +107,15 @@ def _feed_forward(spec: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _linear(spec: Any, x: torch.Tensor) -> torch.Tensor:
     weight = spec.weight
-    weight = weight if isinstance(weight, torch.Tensor) else weight.to_dense()
+    if not isinstance(weight, torch.Tensor):
+        if weight.scales is not None:
+            # Inputs are rounded as float32, whatever the type around.
+            y = block_sparse_linear_int8(
+                x.float(), weight.crow_indices, weight.col_indices, weight.values,
+                weight.scales, weight.shape, spec.bias, None, spec.input_scale,
+            )  # fmt: skip
+            return y.to(x.dtype)
+        weight = weight.to_dense()
     bias = None if spec.bias is None else spec.bias.to(x.dtype)
     return F.linear(x, weight.detach().to(x.dtype), bias)
 

@@ -35,7 +35,8 @@ TESTED_IN = {
 
 
 def public_modules() -> list[str]:
-    return ["pybsp", "pybsp.ops", "pybsp.nn", "pybsp.pruning", "pybsp.integrations"]
+    return ["pybsp", "pybsp.ops", "pybsp.nn", "pybsp.pruning", "pybsp.quantization",
+            "pybsp.integrations"]  # fmt: skip
 
 
 def test_promised_names_exist() -> None:

@@ -13,6 +13,7 @@ from helpers import assert_linear, block_sparse_weight, same_bits
 
 from pybsp import BlockSparseMatrix, ops
 from pybsp.blocks import grid_shape
+from pybsp.quantization import quantize_rows
 
 BLOCKS = [
     (8, 1), (1, 8), (4, 4), (1, 1), (24, 48), (24, 1), (1, 48), (3, 2), (2, 16),
@@ -359,3 +360,93 @@ def test_the_schedule_covers_every_block_once(
             assert part_rows[part] <= own.min()
             assert own.max() < part_rows[part + 1]
             assert len(set(own.tolist())) == len(own)
+
+
+def int8_matrix(
+    shape: tuple[int, int] = (24, 16), block_shape: tuple[int, int] = (8, 2)
+) -> BlockSparseMatrix:
+    weight = block_sparse_weight(shape, block_shape, 0.5)
+    return BlockSparseMatrix.from_dense(weight, block_shape).quantize()
+
+
+@pytest.mark.parametrize("clip", ["mse", "max", "percentile"])
+def test_quantize_rounds_each_row_by_its_scale(clip: Any) -> None:
+    weight = block_sparse_weight((24, 16), (8, 2), 0.5)
+    weight[3] = 0
+    W = BlockSparseMatrix.from_dense(weight, (8, 2))
+    Q = W.quantize("int8", clip)
+    q, scales = quantize_rows(weight, clip)
+    assert Q.dtype == torch.int8
+    assert Q.scales is not None
+    assert torch.equal(Q.scales, scales)
+    assert Q.scales[3] == 0
+    assert torch.equal(Q.to_dense(), q.float() * scales[:, None])
+    assert torch.equal(Q.crow_indices, W.crow_indices)
+    assert torch.equal(Q.col_indices, W.col_indices)
+    assert Q.quantize() is Q
+    assert W.dequantize() is W
+
+
+def test_what_was_dequantized_is_quantized_to_the_same_numbers() -> None:
+    Q = int8_matrix()
+    again = Q.dequantize()
+    assert again.dtype == torch.float32
+    assert torch.equal(again.to_dense(), Q.to_dense())
+    assert torch.equal(again.quantize().values, Q.values)
+    assert Q.scales is not None
+    exact = again.quantize_with(Q.scales)
+    assert torch.equal(exact.values, Q.values)
+    assert exact.scales is Q.scales
+    assert torch.equal(exact.to_dense(), Q.to_dense())
+
+
+@no_bsr_warning
+def test_int8_to_bsr_is_dequantized() -> None:
+    Q = int8_matrix()
+    assert torch.equal(Q.to_bsr().to_dense(), Q.to_dense())
+
+
+def test_int8_bytes_repr_and_copies() -> None:
+    W = BlockSparseMatrix.from_dense(torch.eye(8), (4, 4))
+    Q = W.quantize()
+    assert Q.nbytes == 2 * 16 + 4 * (2 + 3) + 4 * 8
+    assert "dtype=int8" in repr(Q)
+    assert "dtype=float32" in repr(W)
+    x = torch.randn(5, 8)
+    for clone in (copy.deepcopy(Q), copy.copy(Q), pickle.loads(pickle.dumps(Q))):
+        assert torch.equal(clone.values, Q.values)
+        assert torch.equal(clone.scales, Q.scales)
+        y = ops.block_sparse_linear(x, clone)
+        assert torch.equal(y, ops.block_sparse_linear(x, Q))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"scales": None}, TypeError, "int8 values need scales"),
+        ({"scales": torch.ones(23)}, ValueError, r"\(out,\) = \(24,\)"),
+        ({"scales": torch.ones(24, 1)}, ValueError, r"\(out,\) = \(24,\)"),
+        ({"scales": torch.ones(24).double()}, TypeError, "scales must be float32"),
+        ({"scales": -torch.ones(24)}, ValueError, "not negative"),
+        ({"scales": torch.full((24,), torch.nan)}, ValueError, "finite"),
+        ({"scales": torch.full((24,), torch.inf)}, ValueError, "finite"),
+        ({"scales": torch.ones(24, device="meta")}, ValueError, "one device"),
+        ({"values": torch.zeros(5, 8, 2)}, TypeError, "belong to int8 values"),
+    ],
+)
+def test_wrong_int8_fields_are_named(change: Any, error: Any, message: str) -> None:
+    Q = int8_matrix()
+    fields = {
+        "crow_indices": Q.crow_indices,
+        "col_indices": Q.col_indices,
+        "values": Q.values,
+        "shape": Q.shape,
+        "scales": Q.scales,
+    }
+    with pytest.raises(error, match=message):
+        BlockSparseMatrix(**{**fields, **change})
+
+
+def test_quantize_refuses_other_types() -> None:
+    with pytest.raises(ValueError, match="dtype must be 'int8'; got 'int4'"):
+        BlockSparseMatrix.from_dense(torch.eye(4), (2, 2)).quantize("int4")

@@ -63,10 +63,12 @@ def run(arguments: argparse.Namespace) -> Result:
     # Before anything takes time.
     measurement.random_inputs(packed.config, 1, max(arguments.seq))
     check_same(dense, packed, min(arguments.seq))
+    dtype = measurement.packed_dtype(packed)
     encoders = breakdown.encoders(packed)
     peak = arguments.threads * ops.fma_peak()
     data: dict[str, Any] = {
         "environment": environment.describe(),
+        "dtype": dtype,
         "encoders": [asdict(encoder) for encoder in encoders],
         "memory": breakdown.memory(dense, packed),
         "measurements": [
@@ -76,7 +78,7 @@ def run(arguments: argparse.Namespace) -> Result:
     }
     batch, sequence = shapes[0]
     with torch_threads(arguments.threads):
-        report = pack_(dense, tokens=batch * sequence)
+        report = pack_(dense, dtype=dtype, tokens=batch * sequence)
     # Of the model that was timed.
     report = replace(report, encoders=encoders)
     data["report"] = report.to_dict()
@@ -99,15 +101,19 @@ def measure(
         dense, packed, inputs, threads=threads, onnx=not arguments.no_onnx
     )
     latency = measurement.compare(
-        calls, inputs, threads=threads, seconds=seconds, notes=notes
-    )
+        calls, inputs, threads=threads, seconds=seconds, notes=notes,
+        dtype=measurement.packed_dtype(packed),
+    )  # fmt: skip
     # In the order of the rounds: first what comes after the packed model.
     others = [calls[name] for name in calls if name not in ("dense", "packed")]
     others.append(calls["dense"])
     median_ms = latency["candidates"]["packed"]["median_ms"]
     try:
         found: dict[str, Any] = {
-            "floor": breakdown.floor(model, inputs, peak=peak, median_ms=median_ms),
+            # The peak is that of float32.
+            "floor": breakdown.floor(model, inputs, peak=peak, median_ms=median_ms)
+            if latency["dtype"] == "float32"
+            else None,
             "parts": breakdown.parts(
                 model, inputs, others, threads=threads, seconds=seconds / 2
             ),
@@ -121,10 +127,12 @@ def check_same(dense: Any, packed: Any, sequence: int) -> None:
     """``WorkError`` unless both give the same outputs: nothing wrong gets timed."""
     import torch
 
-    from .measurement import difference, random_inputs
+    from .measurement import difference, random_inputs, tolerance
 
     inputs = random_inputs(dense.config, 1, sequence)
     with torch.inference_mode():
-        wrong = difference(packed(**inputs)[0], dense(**inputs)[0])
+        wrong = difference(
+            packed(**inputs)[0], dense(**inputs)[0], tolerance=tolerance(packed)
+        )
     if wrong:
         raise WorkError(f"the packed model's {wrong}; run pybsp check")

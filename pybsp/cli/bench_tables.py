@@ -32,8 +32,8 @@ def tables(
         yield latency_table(rows)
         yield throughput_table(rows)
     yield from map(Text, dict.fromkeys(row["note"] for row in rows if "note" in row))
-    if rows[0]["floor"]:
-        if one:
+    if rows[0]["parts"]:
+        if one and rows[0]["floor"]:
             yield Text(floor_line(rows[0]))
         yield parts_table(rows)
     else:
@@ -154,8 +154,10 @@ def layers_table(report: PackReport) -> Table:
         name = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", layer.name)
         key = (name, layer.shape, layer.block_shape, layer.packed, layer.reason)
         kinds.setdefault(key, []).append(layer)
+    int8 = any(layer.dtype == "int8" for layer in report.layers)
+    known = "int8, measured" if int8 else "predicted"
     table = Table(
-        title=f"each layer alone, {report.tokens} tokens, predicted",
+        title=f"each layer alone, {report.tokens} tokens, {known}",
         title_justify="left",
         caption=report.summary(),
         caption_justify="left",
@@ -189,7 +191,8 @@ def memory_line(memory: Mapping[str, int]) -> str:
 
 
 def _what(row: Row) -> str:
-    return f"{row['what']}, {threads_text(row['threads'])}"
+    dtype = "" if row["dtype"] == "float32" else f" in {row['dtype']}"
+    return f"{row['what']}{dtype}, {threads_text(row['threads'])}"
 
 
 def _shape(row: Row) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..nn.encoder import FusedForward, fuse_encoders_
 from ..nn.encoder.reader import Deviation
+from ..nn.linear import BlockSparseLinear
 from ..nn.report import EncoderReport
 from ..nn.shrunk import RECORD
 from .timing import torch_threads
@@ -115,15 +116,21 @@ def floor(
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all tensors that ``model`` keeps, with indices of blocks and with what
-    was left out and is kept aside for saving."""
+    """Bytes of all tensors that ``model`` keeps, with indices of blocks, with what was
+    left out and is kept aside for saving, and with the bytes of int8 layers in the
+    order of the kernels."""
     tensors = [*model.parameters(), *model.buffers()]
+    native: dict[int, int] = {}
     for module in model.modules():
+        if isinstance(module, BlockSparseLinear) and module.is_int8:
+            pattern = module.matrix.pattern
+            native[id(pattern)] = pattern.nbytes
         record = vars(module).get(RECORD)
         for left_out in record.aside.values() if record else ():
             tensors += [left_out.positions, left_out.values]
     # Tied ones once.
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+    kept = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+    return sum(kept.values()) + sum(native.values())
 
 
 def memory(dense: nn.Module, packed: nn.Module) -> dict[str, int]:

@@ -44,6 +44,11 @@ def recorded_modules(record: Mapping[str, Any] | None) -> dict[str, BlockShape]:
         ) from None
 
 
+def recorded_dtype(folder: Path) -> str:
+    """Of the packed weights: what pybsp's entry says, else float32."""
+    return str((sparsity_record(folder) or {}).get("dtype", "float32"))
+
+
 def load(folder: Path) -> Any:
     """The model as users get it: packed when the folder says so."""
     return _load(folder)

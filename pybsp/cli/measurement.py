@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
+from ..nn.linear import BlockSparseLinear
+from ..nn.pack import pack_
 from . import engines
 from .engines import Call
 from .errors import WorkError
@@ -23,6 +27,33 @@ ELEMENT_BYTES = {
     "F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+
+
+#: The candidate beside an int8 model that is the same in float32.
+PACKED_FLOAT32 = "packed float32"
+#: How far a packed model's results may be from the dense ones, of the largest value.
+#: Inputs of int8 layers are rounded, which is no fault but would hide small ones.
+TOLERANCES = {"float32": 1e-3, "int8": 0.1}
+
+
+def packed_dtype(model: nn.Module) -> str:
+    """``"int8"`` if any packed layer is, else ``"float32"``."""
+    int8 = any(
+        isinstance(module, BlockSparseLinear) and module.is_int8
+        for module in model.modules()
+    )
+    return "int8" if int8 else "float32"
+
+
+def tolerance(packed: nn.Module) -> float:
+    """Of ``TOLERANCES``, that for this model."""
+    return TOLERANCES[packed_dtype(packed)]
+
+
+def _packed_float32(dense: Any) -> Any:
+    model = copy.deepcopy(dense)
+    pack_(model, min_gain=0)
+    return model
 
 
 def agreement(
@@ -100,15 +131,20 @@ def candidates(
     """Calls of both base models on ``inputs``, and why others are left out.
 
     With ``onnx`` the dense model also runs in the ``engines`` that are installed.
-    Raises ``WorkError`` when the packed model's result is not that of the dense one.
+    Beside an int8 model stands the same one packed in float32. Raises ``WorkError``
+    when the packed model's result is not that of the dense one.
     """
     models = {"dense": dense.base_model.eval(), "packed": packed.base_model.eval()}
+    if packed_dtype(packed) == "int8":
+        models[PACKED_FLOAT32] = _packed_float32(dense).base_model.eval()
     calls: dict[str, Call] = {
         name: _call(model, inputs) for name, model in models.items()
     }
     with torch.inference_mode(), torch_threads(threads):
         expected = calls["dense"]()
-        wrong = difference(calls["packed"](), expected, inputs["attention_mask"])
+        wrong = difference(
+            calls["packed"](), expected, inputs["attention_mask"], tolerance(packed)
+        )
         if wrong:
             raise WorkError(f"the packed model's {wrong}; run pybsp check")
         if not (onnx and engines.installed()):
@@ -119,21 +155,22 @@ def candidates(
 
 def compare(
     calls: Mapping[str, Call], inputs: Mapping[str, torch.Tensor], *, threads: int,
-    seconds: float, notes: Sequence[str] = (),
+    seconds: float, notes: Sequence[str] = (), dtype: str = "float32",
 ) -> dict[str, Any]:  # fmt: skip
     """Interleaved times of ``candidates``. Tokens are those that are not padding."""
     with torch.inference_mode(), torch_threads(threads):
         timings = interleaved(calls, seconds=seconds)
     batch, sequence = inputs["input_ids"].shape
     tokens = int(inputs["attention_mask"].sum())
-    best = min(timings.keys() - {"packed"}, key=lambda name: timings[name].median)
+    others = timings.keys() - {"packed", PACKED_FLOAT32}
+    best = min(others, key=lambda name: timings[name].median)
     result: dict[str, Any] = {
         "what": "embeddings and encoder",
         "batch": batch,
         "sequence": sequence,
         "tokens": tokens,
         "threads": threads,
-        "dtype": "float32",
+        "dtype": dtype,
         "candidates": {
             name: {
                 **timing.to_dict(),
@@ -146,6 +183,10 @@ def compare(
         "speedup": speedup(timings, "dense", "packed"),
         "speedup_over_best_dense": speedup(timings, best, "packed"),
     }
+    if PACKED_FLOAT32 in timings:
+        result["speedup_over_packed_float32"] = speedup(
+            timings, PACKED_FLOAT32, "packed"
+        )
     if "onnxruntime" in timings:
         result["speedup_over_onnxruntime"] = speedup(timings, "onnxruntime", "packed")
     if notes:
@@ -185,17 +226,18 @@ def random_inputs(
 
 
 def difference(
-    found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None = None
-) -> str | None:
+    found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None = None,
+    tolerance: float = TOLERANCES["float32"],
+) -> str | None:  # fmt: skip
     """How much too far two results are from each other, None when they are the same.
 
-    ``mask``: tokens that count.
+    ``mask``: tokens that count. ``tolerance``: of the largest value.
     """
     if mask is not None:
         found, expected = found[mask != 0], expected[mask != 0]
     scale = float(expected.abs().max())
     largest = float((expected - found).abs().max())
-    if largest <= 1e-3 * max(scale, 1e-6):
+    if largest <= tolerance * max(scale, 1e-6):
         return None
     return (
         f"output differs from the dense one's by {largest:.3g} (largest value "

@@ -28,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--block-shape", type=block_shape, metavar="OUT,IN",
         help="blocks of every layer (default: as recorded, else found in the zeros)",
     )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=("float32", "int8"),
+        help="of the packed weights (default: as recorded, else float32); int8 "
+        "quantises the model, and the dense file then holds the rounded weights too",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> Result:
@@ -40,9 +45,10 @@ def run(arguments: argparse.Namespace) -> Result:
     from ..nn.pack import pack_
 
     model = checkpoints.load_dense(folder)
+    dtype = arguments.dtype or checkpoints.recorded_dtype(folder)
     try:
         report = pack_(
-            model, arguments.block_shape, min_gain=0, fuse=False, shrink=False
+            model, arguments.block_shape, dtype, min_gain=0, fuse=False, shrink=False
         )
         out.parent.mkdir(parents=True, exist_ok=True)
         file = save_packed(model, out)

@@ -25,6 +25,7 @@ def linear_cost(
     density: float,
     tokens: int = 128,
     activation: str | None = None,
+    dtype: str = "float32",
 ) -> Cost:
     """Time ``x @ W.T + bias`` for one layer, dense and packed, in turn.
 
@@ -34,6 +35,7 @@ def linear_cost(
     density : kept fraction of the blocks, 0 to 1; rounded to ``DENSITY_STEP``.
     tokens : rows of ``x`` ``(tokens, in)``, at least 1.
     activation : computed by both calls when given.
+    dtype : of the packed weights, ``"float32"`` or ``"int8"``; dense ones are float32.
 
     Measured once per process for each set of arguments and each thread count
     (``torch.get_num_threads()``).
@@ -43,7 +45,7 @@ def linear_cost(
     rounded = round(density / DENSITY_STEP) * DENSITY_STEP
     if rounded > 0:
         call = Call.sparse(tokens, shape, block_shape, rounded)
-    return _measure(call, activation, torch.get_num_threads(), ops.active_isa())
+    return _measure(call, activation, dtype, torch.get_num_threads(), ops.active_isa())
 
 
 def expected_cost(
@@ -69,12 +71,16 @@ def expected_cost(
 def _measure(
     call: Call,
     activation: str | None,
+    dtype: str,
     threads: int,  # noqa: ARG001 (part of the key)
     isa: str,  # noqa: ARG001 (likewise)
 ) -> Cost:
     layers = Layers()
     dense = Call(call.tokens, call.shape)
     with torch.inference_mode():
-        calls = [layers.runnable(each, activation) for each in (dense, call)]
+        calls = [
+            layers.runnable(dense, activation),
+            layers.runnable(call, activation, dtype),
+        ]
         dense_us, sparse_us = best_times(calls, sweeps=5)
     return Cost(dense_us, sparse_us)

@@ -90,9 +90,10 @@ class Layers:
         self._matrices: dict[Call, BlockSparseMatrix] = {}
 
     def runnable(
-        self, call: Call, activation: str | None = None
+        self, call: Call, activation: str | None = None, dtype: str = "float32"
     ) -> Callable[[], object]:
-        """The call as a function without arguments; with a bias."""
+        """The call as a function without arguments; with a bias. ``dtype``: of a
+        block-sparse weight."""
         out_features, in_features = call.shape
         x = self._random("input", call.tokens, in_features)
         bias = self._random("bias", out_features)
@@ -106,6 +107,8 @@ class Layers:
         if layer not in self._matrices:
             self._matrices[layer] = self._matrix(layer)
         matrix = self._matrices[layer]
+        if dtype != "float32":
+            matrix = matrix.quantize(dtype, clip="max")
         return lambda: ops.block_sparse_linear(x, matrix, bias, activation)
 
     def _random(self, what: str, *shape: int) -> torch.Tensor:

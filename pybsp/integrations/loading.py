@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,17 +61,35 @@ def check_record(
             )
 
 
+def check_input_scales(scales: Any) -> dict[str, float]:
+    """``ValueError`` unless these are numbers by name, as ``config.json`` has them."""
+    if not isinstance(scales, dict) or not all(
+        isinstance(scale, float) for scale in scales.values()
+    ):
+        raise ValueError(
+            f"quantization_config.input_scales maps names to numbers; got {scales!r}"
+        )
+    for scale in scales.values():
+        ops.check_input_scale(scale)
+    return dict(scales)
+
+
+def name_in_model(model: nn.Module, name: str, names: Container[str]) -> str | None:
+    """What a layer of that name in a checkpoint is called in ``model``, if anything."""
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    # A head model may load what a base model saved, and the other way round.
+    candidates = (name, prefix + name, name.removeprefix(prefix))
+    return next((candidate for candidate in candidates if candidate in names), None)
+
+
 def prepare_layers(
     model: nn.Module, layers: dict[str, PackedLayer], file: Path
 ) -> None:
     """Put unloaded packed layers where ``layers`` of the checkpoint ``file`` belong."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    prefix = getattr(model, "base_model_prefix", "") + "."
     replaced = 0
     for layer in layers.values():
-        # A head model may load what a base model saved, and the other way round.
-        candidates = (layer.name, prefix + layer.name, layer.name.removeprefix(prefix))
-        name = next((name for name in candidates if name in modules), None)
+        name = name_in_model(model, layer.name, modules)
         if name is None:
             continue
         linear = modules[name]
@@ -86,8 +105,9 @@ def prepare_layers(
                 "config.json and the file are not from the same save"
             )
         packed = BlockSparseLinear.on_meta(
-            linear, layer.block_shape, layer.nnz, layer.column_major
-        )
+            linear, layer.block_shape, layer.nnz, layer.column_major, layer.dtype,
+            layer.static,
+        )  # fmt: skip
         model.set_submodule(name, packed)
         replaced += 1
     if not replaced:
@@ -110,5 +130,5 @@ def finish_layers(model: nn.Module, file: Path) -> None:
                 module.matrix  # noqa: B018 (built and checked on access)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{file}: '{name}': {error}") from error
-            if not ops.all_finite(module.weight_values):
+            if not module.is_int8 and not ops.all_finite(module.weight_values):
                 raise ValueError(f"{file}: '{name}' holds NaN or infinite weights")

@@ -3,8 +3,10 @@
 Per packed layer it holds ``NAME.weight_values`` (float32 ``(nnz, c, r)``: every block
 column by column, as the kernels read it, so that a loaded layer computes on the mapped
 file), ``NAME.weight_crow_indices`` and ``NAME.weight_col_indices`` (int16 where the
-numbers fit, else int32); everything else is stored as in ``model.safetensors``. The
-name is one that no loader takes for an ordinary checkpoint.
+numbers fit, else int32). int8 values come with ``NAME.weight_scales`` (float32
+``(out,)``) and, where the scale of the inputs is known, ``NAME.input_scale`` (float32).
+Everything else is stored as in ``model.safetensors``. The name is one that no loader
+takes for an ordinary checkpoint.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ from safetensors import SafetensorError, safe_open
 
 from ..blocks import BlockShape
 from ..matrix import BlockSparseMatrix
-from ..nn.linear import FIELDS
+from ..nn.linear import FIELDS, INPUT_SCALE, SCALES
 
 PACKED_FILE = "model.pybsp.safetensors"
 #: Of the record in ``config.json``.
 FORMAT_VERSION = 1
-#: Of the packed file. Version 1, ``(nnz, r, c)``, is read too.
-FILE_VERSION = 2
+#: Of the packed file: 3 where a layer is int8, else 2. Version 1, ``(nnz, r, c)``, is
+#: read too.
+FILE_VERSION = 3
+FLOAT32_VERSION = 2
 #: Its key in the header of the file.
 VERSION_KEY = "pybsp_format_version"
 #: Where the tensors of a file begin is a multiple of this: no small block of a usual
@@ -47,16 +51,21 @@ class PackedLayer:
     block_rows: int
     #: Whether its values are ``(nnz, c, r)``.
     column_major: bool
+    dtype: torch.dtype = torch.float32
+    #: Whether it has an ``input_scale``.
+    static: bool = False
 
 
 def fields_for_file(matrix: BlockSparseMatrix) -> dict[str, torch.Tensor]:
     """``matrix`` as it is stored: the values themselves, indices of the least type."""
+    scales = {} if matrix.scales is None else {SCALES: matrix.scales.contiguous()}
     return {
         "weight_values": matrix.values.detach().transpose(1, 2).contiguous(),
         "weight_crow_indices": _compact(matrix.crow_indices, matrix.nnz),
         "weight_col_indices": _compact(
             matrix.col_indices, matrix.shape[1] // matrix.block_shape[1]
         ),
+        **scales,
     }
 
 
@@ -67,7 +76,12 @@ def _compact(indices: torch.Tensor, largest: int) -> torch.Tensor:
 
 def metadata_for_file(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """What the header says beside ``tensors``, padded so that they begin aligned."""
-    metadata = {"format": "pt", VERSION_KEY: str(FILE_VERSION), "padding": ""}
+    int8 = any(
+        key.endswith(f".{FIELDS[0]}") and tensor.dtype == torch.int8
+        for key, tensor in tensors.items()
+    )
+    version = FILE_VERSION if int8 else FLOAT32_VERSION
+    metadata = {"format": "pt", VERSION_KEY: str(version), "padding": ""}
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     # As safetensors writes it. If it did otherwise, only the alignment would be lost.
@@ -99,7 +113,7 @@ def read_packed_layers(files: Iterable[Path]) -> dict[str, PackedLayer]:
     for file in files:
         with open_checkpoint(file) as checkpoint:
             version = (checkpoint.metadata() or {}).get(VERSION_KEY, "1")
-            if version not in ("1", str(FILE_VERSION)):
+            if version not in map(str, range(1, FILE_VERSION + 1)):
                 raise ValueError(
                     f"{file} has packed format version {version}; this pybsp reads "
                     f"versions 1 to {FILE_VERSION}: upgrade pybsp"
@@ -128,12 +142,13 @@ def _read_layer(
     headers = [checkpoint.get_slice(f"{name}.{field}") for field in FIELDS]
     values, crow_indices, col_indices = (header.get_shape() for header in headers)
     types = [header.get_dtype() for header in headers]
+    int8 = column_major and types[0] == "I8"
     if (
         (len(values), len(crow_indices), len(col_indices)) != (3, 1, 1)
         or col_indices[0] != values[0]
         or crow_indices[0] < 1
         or not (values[1] and values[2])
-        or types[0] != "F32"
+        or not (types[0] == "F32" or int8)
         or not set(types[1:]) <= set(_INDEX_TYPES)
     ):
         raise ValueError(
@@ -143,7 +158,30 @@ def _read_layer(
         )
     nnz, *extents = values
     rows, cols = reversed(extents) if column_major else extents
-    return PackedLayer(name, nnz, (rows, cols), crow_indices[0] - 1, column_major)
+    block_rows = crow_indices[0] - 1
+    static = False
+    if int8:
+        _check_float(checkpoint, keys, f"{name}.{SCALES}", [block_rows * rows], file)
+        if static := f"{name}.{INPUT_SCALE}" in keys:
+            _check_float(checkpoint, keys, f"{name}.{INPUT_SCALE}", [], file)
+    dtype = torch.int8 if int8 else torch.float32
+    return PackedLayer(name, nnz, (rows, cols), block_rows, column_major, dtype, static)
+
+
+def _check_float(
+    checkpoint: Any, keys: set[str], key: str, shape: list[int], file: Path
+) -> None:
+    if key not in keys:
+        raise ValueError(
+            f"{file} lacks {key}, which int8 values need: the file is incomplete; save "
+            "the model again"
+        )
+    header = checkpoint.get_slice(key)
+    if header.get_dtype() != "F32" or header.get_shape() != shape:
+        raise ValueError(
+            f"{file}: {key} must be F32 {shape}; got {header.get_dtype()} "
+            f"{header.get_shape()}: save the model again"
+        )
 
 
 @contextmanager
@@ -230,7 +268,12 @@ def _same_block_rows(packed: Any, layer: PackedLayer, dense: Any, key: str) -> b
             if not 0 <= int(where.min()) <= int(where.max()) < strip.shape[0]:
                 return True
             blocks = values[begin:end]
-            strip[where] = blocks.transpose(1, 2) if layer.column_major else blocks
+            blocks = blocks.transpose(1, 2) if layer.column_major else blocks
+            if layer.dtype == torch.int8:
+                scales = packed.get_slice(f"{layer.name}.{SCALES}")
+                of_row = scales[row * rows : (row + 1) * rows]
+                blocks = blocks.float() * of_row[:, None]
+            strip[where] = blocks
         block_row = weight[row * rows : (row + 1) * rows].float()
         if not torch.equal(strip.transpose(0, 1).reshape(rows, shape[1]), block_row):
             return False

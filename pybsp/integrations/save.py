@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..matrix import BlockSparseMatrix
-from ..nn.linear import FIELDS, BlockSparseLinear
+from ..nn.linear import FIELDS, INPUT_SCALE, BlockSparseLinear
 from ..nn.plan import plan_packing
 from ..nn.shrink import stock_shapes, unshrunk
 from .packed_file import (
@@ -122,7 +122,11 @@ def packed_state_dict(
     for name, matrix in matrices.items():
         shared = id(matrix) in seen
         seen.add(id(matrix))
-        for field, tensor in fields_for_file(matrix).items():
+        fields = fields_for_file(matrix)
+        input_scale = getattr(model.get_submodule(name), INPUT_SCALE, None)
+        if input_scale is not None:
+            fields[INPUT_SCALE] = input_scale.clone()
+        for field, tensor in fields.items():
             tensors[f"{name}.{field}"] = tensor.clone() if shared else tensor
     return tensors
 
@@ -155,6 +159,14 @@ def packing_record(
     total = sum(rows * cols for rows, cols in sizes)
     kept = sum(matrix.values.numel() for matrix in matrices.values())
     usual = Counter(shapes.values()).most_common(1)[0][0]
+    int8 = any(matrix.scales is not None for matrix in matrices.values())
+    scales = {
+        name: module.static_scale
+        for name, module in model.named_modules()
+        if isinstance(module, BlockSparseLinear) and module.static_scale
+    }
+    for entry in ("dtype", "input_scales"):
+        record.pop(entry, None)
     return {
         "block_shape": list(usual),
         "sparsity": round(1 - kept / total, 6),
@@ -163,6 +175,8 @@ def packing_record(
         "format": "dense",
         "format_version": FORMAT_VERSION,
         "modules": modules,
+        **({"dtype": "int8"} if int8 else {}),
+        **({"input_scales": scales} if scales else {}),
         "pybsp_version": version("pybsp"),
     }
 

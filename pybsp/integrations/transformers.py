@@ -31,8 +31,10 @@ from ..nn.plan import NothingToPack
 from ..nn.report import EncoderReport
 from ..nn.shrink import shrink_
 from .loading import (
+    check_input_scales,
     check_record,
     finish_layers,
+    name_in_model,
     prepare_layers,
     settle_files,
 )
@@ -64,6 +66,8 @@ class BlockSparseConfig(QuantizationConfigMixin):
     block_shape : ``(out, in)`` for layers that ``modules`` does not name; None detects.
     modules : block shape of each pruned layer by name.
     format : ``"dense"`` or ``"packed"``: which file holds the weights.
+    dtype : of the packed weights, ``"float32"`` or ``"int8"``.
+    input_scales : of int8 layers by name, those that are known.
     min_gain, fuse, shrink : as for ``pybsp.pack_``, for what happens on loading.
 
     Other entries, such as ``sparsity``, are kept and written again.
@@ -77,8 +81,15 @@ class BlockSparseConfig(QuantizationConfigMixin):
         min_gain: float = 1.0,
         fuse: bool = True,
         shrink: bool = True,
+        dtype: str = "float32",
+        input_scales: dict[str, float] | None = None,
         **notes: Any,
     ) -> None:
+        if dtype not in ("float32", "int8"):
+            raise ValueError(
+                "the dtype in quantization_config is 'float32' or 'int8'; got "
+                f"{dtype!r}: upgrade pybsp"
+            )
         if format not in ("dense", "packed"):
             raise ValueError(
                 "the format in quantization_config is 'dense' or 'packed'; got "
@@ -105,6 +116,8 @@ class BlockSparseConfig(QuantizationConfigMixin):
                 f"quantization_config.modules maps names to (out, in); got {modules!r}"
             )
         self.modules = {k: check_block_shape(v) for k, v in (modules or {}).items()}
+        self.dtype = dtype
+        self.input_scales = check_input_scales(input_scales or {})
         self.min_gain = min_gain
         self.fuse = fuse
         self.shrink = shrink
@@ -119,6 +132,10 @@ class BlockSparseConfig(QuantizationConfigMixin):
         }
         if self.block_shape is not None:
             record["block_shape"] = list(self.block_shape)
+        if self.dtype != "float32":
+            record["dtype"] = self.dtype
+        if self.input_scales:
+            record["input_scales"] = dict(self.input_scales)
         if self.min_gain != 1.0:
             record["min_gain"] = self.min_gain
         if not self.fuse:
@@ -188,6 +205,8 @@ class BlockSparseHfQuantizer(HfQuantizer):
         try:
             report = pack.pack_(
                 model,
+                dtype=self.quantization_config.dtype,
+                calibration=self._known_input_scales(model),
                 fuse=self.quantization_config.fuse,
                 min_gain=self.quantization_config.min_gain,
                 shrink=self.quantization_config.shrink,
@@ -199,6 +218,18 @@ class BlockSparseHfQuantizer(HfQuantizer):
             follow_packing(model)
         else:
             tell_encoders(report.encoders)
+
+    def _known_input_scales(self, model: nn.Module) -> dict[str, float] | None:
+        config = self.quantization_config
+        if config.dtype != "int8":
+            return None
+        names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+        scales = {}
+        for recorded, scale in config.input_scales.items():
+            name = name_in_model(model, recorded, names)
+            if name is not None:
+                scales[name] = scale
+        return scales
 
     def _dequantize(
         self, model: nn.Module, dtype: torch.dtype | str | None = None

@@ -142,9 +142,9 @@ def find_chains(model: nn.Module) -> Iterator[tuple[str, nn.Module, Chain]]:
     """
     places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     users = Counter(
-        id(parameter)
+        id(tensor)
         for module in model.modules()
-        for parameter in module._parameters.values()
+        for tensor in (*module._parameters.values(), *module._buffers.values())
     )
     for name, owner in model.named_modules():
         for architecture in _ARCHITECTURES:
@@ -260,6 +260,8 @@ def _is_free(layer: nn.Module, users: Mapping[int, int]) -> bool:
     return (
         not _is_watched(layer)
         and getattr(layer, "activation", None) is None
+        # Of an int8 layer it is a buffer.
+        and users[id(layer._buffers.get("weight_values", layer))] <= 1
         and all(
             users[id(parameter)] == 1
             and parameter.device.type == "cpu"

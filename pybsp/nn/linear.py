@@ -13,6 +13,11 @@ from ..matrix import BlockSparseMatrix
 
 #: The names of the three tensors of a packed weight, as in ``torch.sparse_bsr``.
 FIELDS = ("weight_values", "weight_crow_indices", "weight_col_indices")
+#: What an int8 weight has beside them: a scale for each output, and one of the input
+#: where that is not found for each token.
+SCALES = "weight_scales"
+INPUT_SCALE = "input_scale"
+ALL_FIELDS = (*FIELDS, SCALES, INPUT_SCALE)
 
 
 class BlockSparseLinear(nn.Module):
@@ -23,9 +28,15 @@ class BlockSparseLinear(nn.Module):
     ``weight_col_indices`` (int32 buffers), ``bias`` ``(out,)`` or None. The zero
     pattern is fixed; gradients reach only the kept blocks. To change the pattern
     replace the tensors or call ``load_state_dict``; do not write into the indices.
+
+    Over an int8 matrix ``weight_values`` is an int8 buffer, which is not trained, with
+    ``weight_scales`` ``(out,)``. ``input_scale`` is then a float32 number, or None
+    where each token of ``x`` gets a scale of its own.
     """
 
-    weight_values: nn.Parameter
+    weight_values: torch.Tensor
+    weight_scales: torch.Tensor | None
+    input_scale: torch.Tensor | None
     weight_crow_indices: torch.Tensor
     weight_col_indices: torch.Tensor
     bias: nn.Parameter | None
@@ -36,20 +47,39 @@ class BlockSparseLinear(nn.Module):
         matrix: BlockSparseMatrix,
         bias: torch.Tensor | None = None,
         activation: str | None = None,
+        input_scale: float | None = None,
     ) -> None:
         ops.check_activation(activation)
+        if input_scale is not None:
+            ops.check_input_scale(input_scale)
+            if matrix.scales is None:
+                raise ValueError("input_scale is for int8 weights; these are float32")
         super().__init__()
         self.out_features, self.in_features = matrix.shape
         self.block_shape: BlockShape = matrix.block_shape
         self.activation = activation
-        self.weight_values = nn.Parameter(matrix.values.detach())
+        if matrix.scales is None:
+            self.weight_values = nn.Parameter(matrix.values.detach())
+        else:
+            self.register_buffer("weight_values", matrix.values)
         self.register_buffer("weight_crow_indices", matrix.crow_indices)
         self.register_buffer("weight_col_indices", matrix.col_indices)
+        self.register_buffer(SCALES, matrix.scales)
+        # Last, because torch.export miscounts buffers that follow a None. Of the input
+        # None or 0: a scale for each token.
+        scale = (
+            torch.tensor(input_scale, device=matrix.values.device)
+            if input_scale
+            else None
+        )
+        self.register_buffer(INPUT_SCALE, scale)
         self.register_parameter(
             "bias", None if bias is None else nn.Parameter(bias.detach().clone())
         )
         self._matrix: BlockSparseMatrix | None = None
-        self._address = 0
+        self._state: tuple[int, ...] = ()
+        #: ``input_scale`` as a number, which compiled code takes for a constant.
+        self._input_scale = self.static_scale
 
     @classmethod
     def on_meta(
@@ -58,11 +88,14 @@ class BlockSparseLinear(nn.Module):
         block_shape: BlockShape,
         nnz: int,
         column_major: bool = False,
+        dtype: torch.dtype = torch.float32,
+        static: bool = False,
     ) -> BlockSparseLinear:
         """A layer in place of ``linear`` whose ``nnz`` blocks are still to be loaded.
 
         The fields are on the meta device; the bias is the one of ``linear`` itself.
         ``column_major``: the values come as ``(nnz, c, r)``, until they are first used.
+        ``static``: there is an ``input_scale``.
         """
         rows, cols = block_shape
         layer = cls.__new__(cls)
@@ -71,15 +104,24 @@ class BlockSparseLinear(nn.Module):
         layer.block_shape = block_shape
         layer.activation = None
         sizes = (nnz, cols, rows) if column_major else (nnz, rows, cols)
-        layer.weight_values = nn.Parameter(torch.empty(sizes, device="meta"))
+        values = torch.empty(sizes, device="meta", dtype=dtype)
+        scales = input_scale = None
+        if dtype == torch.int8:
+            layer.register_buffer("weight_values", values)
+            scales = torch.empty(linear.out_features, device="meta")
+            input_scale = torch.empty((), device="meta") if static else None
+        else:
+            layer.weight_values = nn.Parameter(values)
         layer._column_major = column_major
         for name, size in zip(
             FIELDS[1:], (linear.out_features // rows + 1, nnz), strict=True
         ):
             indices = torch.empty(size, dtype=torch.int32, device="meta")
             layer.register_buffer(name, indices)
+        layer.register_buffer(SCALES, scales)
+        layer.register_buffer(INPUT_SCALE, input_scale)
         layer.register_parameter("bias", linear.bias)
-        layer._matrix, layer._address = None, 0
+        layer._matrix, layer._state, layer._input_scale = None, (), 0.0
         return layer.train(linear.training)
 
     @classmethod
@@ -88,15 +130,31 @@ class BlockSparseLinear(nn.Module):
         linear: nn.Linear,
         block_shape: BlockShapeSpec,
         activation: str | None = None,
+        dtype: str = "float32",
+        input_scale: float | None = None,
     ) -> BlockSparseLinear:
-        """Keep the blocks of ``linear.weight`` that are not entirely zero."""
+        """Keep the blocks of ``linear.weight`` that are not entirely zero; ``dtype``
+        ``"int8"`` quantises them."""
         matrix = BlockSparseMatrix.from_dense(linear.weight, block_shape)
-        layer = cls(matrix, linear.bias, activation)
+        if dtype != "float32":
+            matrix = matrix.quantize(dtype)
+        layer = cls(matrix, linear.bias, activation, input_scale)
         layer.train(linear.training)
-        layer.weight_values.requires_grad_(linear.weight.requires_grad)
+        if matrix.scales is None:
+            layer.weight_values.requires_grad_(linear.weight.requires_grad)
         if layer.bias is not None:
             layer.bias.requires_grad_(linear.bias.requires_grad)
         return layer
+
+    def quantize(self, input_scale: float | None = None) -> BlockSparseLinear:
+        """The same layer with int8 weights, and the same bias; one that has them
+        already, and no other ``input_scale``, as it is."""
+        matrix = self.matrix
+        if matrix.scales is not None and input_scale in (None, self.static_scale):
+            return self
+        layer = type(self)(matrix.quantize(), None, self.activation, input_scale)
+        layer.register_parameter("bias", self.bias)
+        return layer.train(self.training)
 
     def to_linear(self) -> nn.Linear:
         """The same layer with a dense weight.
@@ -114,7 +172,8 @@ class BlockSparseLinear(nn.Module):
             self.in_features, self.out_features, self.bias is not None, device="meta"
         )
         linear.weight = nn.Parameter(
-            self.weight.detach(), requires_grad=self.weight_values.requires_grad
+            self.weight.detach(),
+            requires_grad=self.weight_values.requires_grad or self.is_int8,
         )
         if self.bias is not None:
             linear.bias = nn.Parameter(
@@ -129,30 +188,36 @@ class BlockSparseLinear(nn.Module):
             return ops.block_sparse_linear_fields(
                 x, self.weight_values, self.weight_crow_indices,
                 self.weight_col_indices, shape, self.bias, self.activation,
+                self.weight_scales, self._input_scale,
             )  # fmt: skip
         # Straight from the dictionaries: a lookup through nn.Module.__getattr__ costs
         # a third of a microsecond, and a small layer takes five in all.
         parameters, buffers = self._parameters, self._buffers
-        values = parameters["weight_values"]
+        values = parameters.get("weight_values")
+        if values is None:
+            result: torch.Tensor = ops.block_sparse_linear(
+                x, self.matrix, parameters["bias"], self.activation,
+                input_scale=self._input_scale,
+            )  # fmt: skip
+            return result
         matrix = self._matrix
         if (
             matrix is None
             or matrix.values is not values
             or matrix.crow_indices is not buffers["weight_crow_indices"]
             or matrix.col_indices is not buffers["weight_col_indices"]
-            or self._address != values.data_ptr()
+            or self._state[0] != values.data_ptr()
         ):
-            matrix = self.matrix
-        result: torch.Tensor = ops.block_sparse_linear(
-            x, matrix, parameters["bias"], self.activation
-        )
+            matrix = self._bind()
+        result = ops.block_sparse_linear(x, matrix, parameters["bias"], self.activation)
         return result
 
     @property
     def matrix(self) -> BlockSparseMatrix:
         """The weight as a matrix over this module's own tensors; no copy.
 
-        Built once and again whenever a tensor was replaced, moved or loaded.
+        Built once and again whenever a tensor was replaced, moved or loaded, and with
+        int8 values when one was written to.
         """
         matrix, values = self._matrix, self.weight_values
         if (
@@ -160,10 +225,29 @@ class BlockSparseLinear(nn.Module):
             or matrix.values is not values
             or matrix.crow_indices is not self.weight_crow_indices
             or matrix.col_indices is not self.weight_col_indices
-            or self._address != values.data_ptr()
+            or matrix.scales is not self.weight_scales
+            or self._state != self._present_state()
         ):
             matrix = self._bind()
         return matrix
+
+    def _present_state(self) -> tuple[int, ...]:
+        """What changes with the tensors that a matrix was made of. The native form of
+        int8 weights is a copy, which a change in place outdates."""
+        values, scales = self.weight_values, self.weight_scales
+        if scales is None:
+            return (values.data_ptr(),)
+        copied = (values, scales, self.input_scale)
+        return tuple(
+            number
+            for tensor in copied
+            if tensor is not None
+            # Inference tensors count no versions.
+            for number in (
+                tensor.data_ptr(),
+                0 if tensor.is_inference() else tensor._version,
+            )
+        )
 
     def _bind(self) -> BlockSparseMatrix:
         values = self.weight_values
@@ -171,17 +255,35 @@ class BlockSparseLinear(nn.Module):
             values.data, self._column_major = values.data.transpose(1, 2), False
         if isinstance(values, nn.Parameter):
             values.data = ops.column_major_blocks(values.data)
+        elif self.weight_scales is not None:
+            self.weight_values = values = ops.column_major_blocks(values)
+            self.weight_scales = self.weight_scales.contiguous()
         matrix = BlockSparseMatrix(
             self.weight_crow_indices,
             self.weight_col_indices,
             values,
             (self.out_features, self.in_features),
+            self.weight_scales,
         )
         self.weight_crow_indices = matrix.crow_indices
         self.weight_col_indices = matrix.col_indices
         self.block_shape = matrix.block_shape
-        self._matrix, self._address = matrix, values.data_ptr()
+        self._input_scale = self.static_scale
+        self._matrix, self._state = matrix, self._present_state()
         return matrix
+
+    @property
+    def is_int8(self) -> bool:
+        return self.weight_scales is not None
+
+    @property
+    def static_scale(self) -> float:
+        """``input_scale`` as a number; 0 where each token has a scale of its own."""
+        if self.input_scale is None:
+            return 0.0
+        scale = float(self.input_scale)
+        ops.check_input_scale(scale)
+        return scale
 
     @property
     def weight(self) -> torch.Tensor:
@@ -200,6 +302,8 @@ class BlockSparseLinear(nn.Module):
             f"bias={self.bias is not None}, block_shape={self.block_shape}, "
             f"density={self.density:.3f}"
         )
+        if self.is_int8:
+            text += ", dtype=int8"
         if self.activation is None:
             return text
         return f"{text}, activation={self.activation}"
@@ -211,7 +315,7 @@ class BlockSparseLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # The matrix holds a native handle; a copy or an unpickled module makes its own.
-        return {**self.__dict__, "_matrix": None, "_address": 0}
+        return {**self.__dict__, "_matrix": None, "_state": ()}
 
     def _save_to_state_dict(
         self, destination: Any, prefix: str, keep_vars: bool
@@ -222,15 +326,16 @@ class BlockSparseLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.weight_values.is_meta:
             return
-        for field in FIELDS:
-            del destination[prefix + field]
+        for field in ALL_FIELDS:
+            destination.pop(prefix + field, None)
         weight = self.weight
         destination[f"{prefix}weight"] = weight if keep_vars else weight.detach()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any
     ) -> None:
-        """Load packed fields of any pattern, or a dense ``weight`` with zero blocks."""
+        """Load packed fields of any pattern, or a dense ``weight`` with zero blocks.
+        The layer stays float32, or int8."""
         error_messages: list[str] = args[-1]
         try:
             matrix = self._matrix_from_state_dict(state_dict, prefix)
@@ -243,6 +348,15 @@ class BlockSparseLinear(nn.Module):
             state_dict[f"{prefix}weight_values"] = matrix.values
             state_dict[f"{prefix}weight_crow_indices"] = matrix.crow_indices
             state_dict[f"{prefix}weight_col_indices"] = matrix.col_indices
+            state_dict.pop(f"{prefix}{SCALES}", None)
+            if matrix.scales is not None:
+                state_dict[f"{prefix}{SCALES}"] = matrix.scales
+            # How inputs are rounded belongs to the layer and not to a weight.
+            input_scale = state_dict.pop(f"{prefix}{INPUT_SCALE}", self.input_scale)
+            if self.is_int8 and input_scale is not None:
+                if self.input_scale is None:
+                    self.input_scale = torch.empty_like(input_scale)
+                state_dict[f"{prefix}{INPUT_SCALE}"] = input_scale
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._matrix = None
 
@@ -258,7 +372,8 @@ class BlockSparseLinear(nn.Module):
                     f"the dense weight in the checkpoint is {tuple(dense.shape)} and "
                     f"this layer {shape}"
                 )
-            return BlockSparseMatrix.from_dense(dense, self.block_shape)
+            matrix = BlockSparseMatrix.from_dense(dense, self.block_shape)
+            return matrix.quantize() if self.is_int8 else matrix
         if not present:
             return None
         if len(present) < len(FIELDS):
@@ -268,17 +383,22 @@ class BlockSparseLinear(nn.Module):
                 " save the model again"
             )
         values, crow_indices, col_indices = (state_dict[prefix + key] for key in FIELDS)
+        scales = state_dict.get(prefix + SCALES)
         try:
-            return BlockSparseMatrix(crow_indices, col_indices, values, shape)
+            matrix = BlockSparseMatrix(crow_indices, col_indices, values, shape, scales)
         except ValueError as error:
             raise ValueError(f"{error}: the checkpoint is damaged") from error
+        return matrix.quantize() if self.is_int8 else matrix.dequantize()
 
     def _resize(self, matrix: BlockSparseMatrix) -> None:
         self.block_shape = matrix.block_shape
         old = self.weight_values
         if old.shape != matrix.values.shape:
-            values = torch.empty_like(matrix.values, device=old.device, dtype=old.dtype)
-            self.weight_values = nn.Parameter(values, requires_grad=old.requires_grad)
+            values = torch.empty_like(matrix.values, device=old.device)
+            trained = old.requires_grad
+            self.weight_values = (
+                values if self.is_int8 else nn.Parameter(values, requires_grad=trained)
+            )
         for name, indices in zip(
             FIELDS[1:], (matrix.crow_indices, matrix.col_indices), strict=True
         ):

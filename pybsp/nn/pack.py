@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
+from .. import ops
 from ..blocks import BlockShapeSpec
-from ..costs import expected_cost
+from ..costs import expected_cost, linear_cost
+from ..quantization import calibrate
 from .encoder import fuse_encoders_, unfuse_encoders_
 from .fuse import fuse_, unfuse_
 from .linear import BlockSparseLinear
-from .plan import LayerPlan, plan_packing, planned_block_shapes
+from .plan import LayerPlan, plan_int8, plan_packing, planned_block_shapes
 from .report import PackReport
-from .shrink import Removed, shrink_, unshrink_
+from .shrink import Removed, is_shrunk, shrink_, unshrink_
 
 #: Called with the model after ``pack_`` or ``unpack_`` changed it, by name.
 listeners: dict[str, Callable[[nn.Module], None]] = {}
@@ -28,47 +31,138 @@ def pack_(
     min_gain: float = 1.0,
     tokens: int = 128,
     shrink: bool = True,
+    calibration: Iterable[Any] | Mapping[str, float] | None = None,
 ) -> PackReport:
     """Replace, in place, every ``nn.Linear`` with zero blocks where that is faster.
+
+    With ``dtype="int8"`` weights are quantised as they are packed, also those of layers
+    that were packed in float32 before, and of layers without zero blocks between others
+    that have some. Their inputs are quantised in each call: token by token, or by the
+    one scale of each layer that ``calibration`` gives.
 
     Parameters
     ----------
     model : any module with float32 weights on the CPU, possibly packed in part.
     block_shape : ``(out, in)`` blocks for every layer. None: what the pruner recorded
         on the layer or in ``model.config``, else detected from the zeros.
-    dtype : of the packed weights; only ``"float32"``.
+    dtype : of the packed weights, ``"float32"`` or ``"int8"``. Layers that are int8
+        already stay so.
     fuse : run whole encoders natively, and compute the activation after a packed layer
         inside of it, where the architecture is known. Natively the last hidden states
         are zero at padding.
     min_gain : a layer stays dense when the packed call would not be at least this many
         times faster on this CPU, as ``pybsp.costs`` predicts it or, where it is close,
-        measures it. 0 packs every layer with zero blocks and asks for no times.
+        measures it; int8 is measured. 0 packs every layer with zero blocks, and asks
+        for no times.
     tokens : rows of the input for these times.
     shrink : first leave out neurons and heads that the result does not need, where the
         architecture is known. Attention maps then lack these heads; what is saved, and
         what ``unpack_`` gives, does not.
+    calibration : for int8, inputs of the model (a mapping of keywords, a tuple, or the
+        only argument, each) that stand for what is to come, which are run through it;
+        or the scales themselves by name, as ``pybsp.quantization.calibrate`` found them
+        or as far as they are known.
 
     Raises ``ValueError`` before anything is changed: no layer with zero blocks, weights
     that are not finite, not float32 or not on the CPU, or a wrong option.
     """
     _check_options(model, dtype, min_gain, tokens)
+    if calibration is not None and dtype != "int8":
+        raise ValueError(f"calibration is for dtype='int8'; dtype is {dtype!r}")
+    if dtype == "int8":
+        plans, removed = _pack_int8(
+            model, block_shape, min_gain, tokens, shrink, calibration
+        )
+    else:
+        plans, removed = _pack_float32(model, block_shape, min_gain, tokens, shrink)
+    fused = fuse_(model) if fuse else []
+    encoders = fuse_encoders_(model) if fuse else ()
+    _tell(model)
+    layers = tuple(plan.report for plan in plans)
+    return PackReport(layers, tokens, tuple(fused), encoders, tuple(removed))
+
+
+def _pack_float32(
+    model: nn.Module,
+    block_shape: BlockShapeSpec | None,
+    min_gain: float,
+    tokens: int,
+    shrink: bool,
+) -> tuple[list[LayerPlan], list[Removed]]:
     plans = plan_packing(model, block_shape)
     removed: list[Removed] = []
     if shrink:
         removed = shrink_(model, planned_block_shapes(plans))
         plans = [plan.again(model) for plan in plans] if removed else plans
     plans = [_decide(plan, min_gain, tokens) for plan in plans]
+    _build(model, [plan for plan in plans if plan.linear is not None])
+    return plans, removed
+
+
+def _pack_int8(
+    model: nn.Module,
+    block_shape: BlockShapeSpec | None,
+    min_gain: float,
+    tokens: int,
+    shrink: bool,
+    calibration: Iterable[Any] | Mapping[str, float] | None,
+) -> tuple[list[LayerPlan], list[Removed]]:
+    plans = plan_packing(model, block_shape)
+    scales = _input_scales(model, plan_int8(model, plans), calibration)
+    # Weights are quantised whole, as they are saved, and left out of afterwards.
+    if is_shrunk(model):
+        unshrink_(model)
+        plans = plan_packing(model, block_shape)
+    plans = [
+        _decide(plan.with_input_scales(scales), min_gain, tokens)
+        for plan in plan_int8(model, plans)
+    ]
+    _build(model, plans)
+    removed = shrink_(model) if shrink else []
+    return [plan.again(model) if removed else plan for plan in plans], removed
+
+
+def _input_scales(
+    model: nn.Module,
+    plans: list[LayerPlan],
+    calibration: Iterable[Any] | Mapping[str, float] | None,
+) -> Mapping[str, float]:
+    """By the names of layers, known or found."""
+    if calibration is None:
+        return {}
+    if not _is_scales(calibration):
+        names = [plan.names[0] for plan in plans if plan.report.dtype == "int8"]
+        return calibrate(model, calibration, names)
+    scales: Mapping[str, float] = calibration  # type: ignore[assignment]
+    known = {name for plan in plans for name in plan.names}
+    for name, scale in scales.items():
+        if name not in known:
+            raise ValueError(
+                f"calibration gives an input scale for '{name}', which is no linear "
+                "layer of this model"
+            )
+        ops.check_input_scale(scale)
+    return scales
+
+
+def _is_scales(calibration: Any) -> bool:
+    if not isinstance(calibration, Mapping):
+        return False
+    if not all(isinstance(scale, float) for scale in calibration.values()):
+        raise TypeError(
+            "calibration must be a list of inputs, or input scales by name; got one "
+            "mapping: put the inputs of the model into a list"
+        )
+    return True
+
+
+def _build(model: nn.Module, plans: list[LayerPlan]) -> None:
     shared: dict[int, BlockSparseLinear] = {}
     for plan in plans:
-        if plan.linear is not None and plan.report.packed:
+        if plan.report.packed:
             layer = plan.build(shared)
             for name in plan.names:
                 model.set_submodule(name, layer)
-    fused = fuse_(model) if fuse else []
-    encoders = fuse_encoders_(model) if fuse else ()
-    _tell(model)
-    layers = tuple(plan.report for plan in plans)
-    return PackReport(layers, tokens, tuple(fused), encoders, tuple(removed))
 
 
 def unpack_(model: nn.Module) -> nn.Module:
@@ -101,10 +195,8 @@ def _check_options(model: nn.Module, dtype: str, min_gain: float, tokens: int) -
             "pack_ replaces layers inside a model and this model is one nn.Linear; use "
             "pybsp.nn.BlockSparseLinear.from_linear(linear, block_shape)"
         )
-    if dtype != "float32":
-        raise ValueError(
-            f"dtype must be 'float32', the type of all packed layers; got {dtype!r}"
-        )
+    if dtype not in ("float32", "int8"):
+        raise ValueError(f"dtype must be 'float32' or 'int8'; got {dtype!r}")
     if not min_gain >= 0:
         raise ValueError(f"min_gain must be 0 or a positive ratio; got {min_gain!r}")
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
@@ -117,13 +209,15 @@ def _decide(plan: LayerPlan, min_gain: float, tokens: int) -> LayerPlan:
     if plan.linear is None or not report.packed or min_gain == 0:
         return plan
     assert report.block_shape is not None
-    cost = expected_cost(
-        report.shape, report.block_shape, report.density, tokens, min_gain
-    )
+    layer = (report.shape, report.block_shape, report.density, tokens)
+    if report.dtype == "int8":
+        cost = linear_cost(*layer, dtype="int8")
+    else:
+        cost = expected_cost(*layer, min_gain)
     report = replace(report, dense_us=cost.dense_us, sparse_us=cost.sparse_us)
     if cost.gain < min_gain:
         reason = f"packed would run {cost.gain:.2f}x as fast here, below {min_gain:g}x"
-        report = replace(report, packed=False, reason=reason)
+        report = replace(report, packed=False, reason=reason, dtype="float32")
     return replace(plan, report=report)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ from ..blocks import (
 )
 from ..matrix import BlockSparseMatrix
 from .detect import detect_block_shape
-from .linear import BlockSparseLinear
+from .linear import FIELDS, SCALES, BlockSparseLinear
 from .report import LayerReport
 
 
@@ -31,13 +32,15 @@ class NothingToPack(ValueError):
 class LayerPlan:
     """One linear layer, every name it has in the model, and what to do with it.
 
-    ``linear`` is None for a layer that is ``packed`` already.
+    ``linear`` is None for a layer that is ``packed`` already. ``fixed``: something
+    needs it to be an ``nn.Linear``.
     """
 
     names: tuple[str, ...]
     linear: nn.Linear | None
     report: LayerReport
     packed: BlockSparseLinear | None = None
+    fixed: bool = False
 
     def matrix(self) -> BlockSparseMatrix:
         if self.packed is not None:
@@ -50,7 +53,13 @@ class LayerPlan:
         """The plan for the layer as it is after ``shrink_``, in the same blocks."""
         layer = model.get_submodule(self.names[0])
         if isinstance(layer, BlockSparseLinear):
-            report = _report_packed(self.names[0], layer)
+            report = replace(
+                _report_packed(self.names[0], layer),
+                dense_us=self.report.dense_us,
+                sparse_us=self.report.sparse_us,
+            )
+            if self.linear is not None:
+                report = replace(report, reason=self.report.reason)
             return replace(self, report=report, packed=layer)
         assert isinstance(layer, nn.Linear)
         if layer is self.linear and self.report.shape == tuple(layer.weight.shape):
@@ -62,16 +71,30 @@ class LayerPlan:
             report = replace(report, reason=self.report.reason)
         return replace(self, linear=layer, report=report, packed=None)
 
+    def with_input_scales(self, scales: Mapping[str, float]) -> LayerPlan:
+        """The plan with the input scale that one of its names has, if it is int8."""
+        found = [scales[name] for name in self.names if name in scales]
+        if not found or self.report.dtype != "int8":
+            return self
+        return replace(self, report=replace(self.report, input_scale=found[0]))
+
     def build(self, shared: dict[int, BlockSparseLinear]) -> BlockSparseLinear:
         """The packed layer; weights shared between linears stay shared."""
-        assert self.linear is not None
-        assert self.report.block_shape is not None
-        layer = BlockSparseLinear.from_linear(self.linear, self.report.block_shape)
-        first = shared.setdefault(id(self.linear.weight), layer)
+        if self.packed is not None:
+            weight: torch.Tensor = self.packed.weight_values
+            layer = self.packed.quantize(self.report.input_scale or None)
+        else:
+            assert self.linear is not None
+            assert self.report.block_shape is not None
+            weight = self.linear.weight
+            layer = BlockSparseLinear.from_linear(
+                self.linear, self.report.block_shape, None, self.report.dtype,
+                self.report.input_scale or None,
+            )  # fmt: skip
+        first = shared.setdefault(id(weight), layer)
         if first is not layer:
-            layer.weight_values = first.weight_values
-            layer.weight_crow_indices = first.weight_crow_indices
-            layer.weight_col_indices = first.weight_col_indices
+            for name in (*FIELDS, SCALES):
+                setattr(layer, name, getattr(first, name))
         return layer
 
 
@@ -93,18 +116,72 @@ def plan_packing(
             plans.append(LayerPlan(names, None, report, module))
             continue
         reason = why_not_packed(model, names, module)
+        fixed = True
         if type(module) is nn.Linear and id(module.weight) in foreign:
             reason = "its weight is tied to another kind of layer"
         if reason is None:
             spec = block_shape or getattr(module, "pybsp_block_shape", None)
             spec = spec or recorded(names[0])
             report = _inspect(names[0], module, spec)
+            fixed = False
         else:
             report = replace(_report_dense(names[0], module), reason=reason)
-        plans.append(LayerPlan(names, module, report))
+        plans.append(LayerPlan(names, module, report, fixed=fixed))
     if not any(plan.report.packed for plan in plans):
         raise NothingToPack(_nothing_found(model, plans, block_shape))
     return plans
+
+
+def plan_int8(model: nn.Module, plans: list[LayerPlan]) -> list[LayerPlan]:
+    """``plans`` with int8 weights, of more layers: those without zero blocks too, in
+    the blocks of most others, where they stand in one ``nn.ModuleList`` with layers
+    that have some. Heads and poolers, which do not, stay float32."""
+    packed = [plan for plan in plans if plan.report.packed]
+    stacks = {stack for plan in packed for stack in _stacks(model, plan.names)}
+    usual = Counter(plan.report.block_shape for plan in packed).most_common(1)[0][0]
+    return [
+        _as_int8(plan, usual if stacks & _stacks(model, plan.names) else None)
+        for plan in plans
+    ]
+
+
+def _stacks(model: nn.Module, names: tuple[str, ...]) -> set[str]:
+    """The outermost lists of layers in which a layer stands."""
+    found = set()
+    for name in names:
+        parts = name.split(".")
+        for end in range(1, len(parts)):
+            path = ".".join(parts[:end])
+            if isinstance(model.get_submodule(path), nn.ModuleList):
+                found.add(path)
+                break
+    return found
+
+
+def _as_int8(plan: LayerPlan, usual: BlockShape | None) -> LayerPlan:
+    report, rows = plan.report, plan.report.shape[0]
+    if plan.packed is not None:
+        if plan.packed.is_int8:
+            return plan
+        # One byte instead of four for each weight, and a scale for each row.
+        less = 3 * plan.packed.weight_values.numel() - 4 * rows
+        smaller = replace(report, packed_bytes=report.packed_bytes - less, reason="")
+        return replace(plan, report=replace(smaller, dtype="int8"))
+    if not report.packed:
+        if plan.fixed or usual is None or plan.linear is None:
+            return plan
+        try:
+            shape = resolve_block_shape(report.block_shape or usual, report.shape)
+        except ValueError:
+            return plan
+        _check_packable(report.name, plan.linear.weight)
+        report = _report_blocks(
+            report, shape, block_view(plan.linear.weight != 0, shape).any(3).any(2)
+        )
+    weights = round(report.density * report.shape[0] * report.shape[1])
+    size = report.packed_bytes - 3 * weights + 4 * rows
+    report = replace(report, dtype="int8", packed_bytes=size, reason="")
+    return replace(plan, report=report)
 
 
 def planned_block_shapes(plans: list[LayerPlan]) -> dict[str, BlockShape]:
@@ -180,11 +257,7 @@ def _inspect(name: str, linear: nn.Linear, spec: BlockShapeSpec | None) -> Layer
     """Whether ``linear`` has zero blocks, without timing anything."""
     report = _report_dense(name, linear)
     weight = linear.weight.detach()
-    if weight.device.type != "cpu":
-        raise ValueError(
-            f"the weight of '{name}' is on {weight.device}; packing needs the model on "
-            "the CPU: call model.cpu() first"
-        )
+    _check_place(name, weight)
     if not (weight == 0).any():
         return replace(report, reason="no zeros")
     shape: BlockShape | None
@@ -200,6 +273,33 @@ def _inspect(name: str, linear: nn.Linear, spec: BlockShapeSpec | None) -> Layer
     kept = block_view(weight != 0, shape).any(3).any(2)
     if bool(kept.all()):
         return replace(report, block_shape=shape, reason="no zero blocks")
+    _check_packable(name, weight)
+    return _report_blocks(report, shape, kept)
+
+
+def _report_blocks(
+    report: LayerReport, shape: BlockShape, kept: torch.Tensor
+) -> LayerReport:
+    count = int(kept.sum())
+    indices = 4 * (count + kept.shape[0] + 1)
+    return replace(
+        report,
+        block_shape=shape,
+        density=count / kept.numel(),
+        packed_bytes=4 * count * shape[0] * shape[1] + indices,
+        packed=True,
+    )
+
+
+def _check_place(name: str, weight: torch.Tensor) -> None:
+    if weight.device.type != "cpu":
+        raise ValueError(
+            f"the weight of '{name}' is on {weight.device}; packing needs the model on "
+            "the CPU: call model.cpu() first"
+        )
+
+
+def _check_packable(name: str, weight: torch.Tensor) -> None:
     if weight.dtype != torch.float32:
         raise ValueError(
             f"the weight of '{name}' is {weight.dtype}; packed layers compute in "
@@ -210,15 +310,6 @@ def _inspect(name: str, linear: nn.Linear, spec: BlockShapeSpec | None) -> Layer
             f"the weight of '{name}' holds NaN or infinite values: check the training "
             "run or the checkpoint it came from"
         )
-    count = int(kept.sum())
-    indices = 4 * (count + kept.shape[0] + 1)
-    return replace(
-        report,
-        block_shape=shape,
-        density=count / kept.numel(),
-        packed_bytes=4 * count * shape[0] * shape[1] + indices,
-        packed=True,
-    )
 
 
 def _report_dense(name: str, linear: nn.Linear) -> LayerReport:
@@ -238,6 +329,8 @@ def _report_packed(name: str, layer: BlockSparseLinear) -> LayerReport:
         density=layer.density,
         packed=True,
         reason="was packed already",
+        dtype="int8" if layer.is_int8 else "float32",
+        input_scale=layer.static_scale,
     )
 
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear layer. Times are microseconds for one call, None when not measured."""
+    """One linear layer, and the type of its weights as they are now. Times are
+    microseconds for one call, None when not measured. ``input_scale``: 0 where the
+    inputs of an int8 layer are quantised token by token."""
 
     name: str
     shape: tuple[int, int]
@@ -27,6 +29,8 @@ class LayerReport:
     sparse_us: float | None = None
     packed: bool = False
     reason: str = ""
+    dtype: str = "float32"
+    input_scale: float = 0.0
 
     @property
     def gain(self) -> float | None:
@@ -124,8 +128,7 @@ class PackReport:
                 _number(layer.dense_us, ".0f"),
                 _number(layer.sparse_us, ".0f"),
                 _number(layer.gain, ".2f"),
-                f"{'packed' if layer.packed else 'dense'}"
-                + (f": {layer.reason}" if layer.reason else ""),
+                _form(layer) + (f": {layer.reason}" if layer.reason else ""),
             )
         return table
 
@@ -139,9 +142,11 @@ class PackReport:
     def summary(self) -> str:
         """What became of the layers, neurons and heads, and the encoders, in lines."""
         ratio = self.packed_bytes / self.dense_bytes if self.dense_bytes else 1.0
+        int8 = sum(layer.dtype == "int8" for layer in self.layers)
         layers = (
             f"{len(self.packed)} of {len(self.layers)} linear layers packed, "
-            f"{self.dense_bytes / 1e6:.2f} -> {self.packed_bytes / 1e6:.2f} MB "
+            + (f"{int8} of them in int8, " if int8 else "")
+            + f"{self.dense_bytes / 1e6:.2f} -> {self.packed_bytes / 1e6:.2f} MB "
             f"({ratio:.2f}x); times for {self.tokens} tokens"
             + "".join(
                 f"\n{entry.name}: {entry.after} of {entry.before} {entry.kind} left"
@@ -149,6 +154,13 @@ class PackReport:
             )
         )
         return "\n".join((layers, *map(str, self.encoders)))
+
+
+def _form(layer: LayerReport) -> str:
+    if not layer.packed:
+        return "dense"
+    static = ", static" if layer.input_scale else ""
+    return f"packed, {layer.dtype}{static}" if layer.dtype == "int8" else "packed"
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -37,7 +37,7 @@ from ..blocks import BlockShape
 from ..matrix import BlockSparseMatrix
 from ..reference import block_row_indices
 from .chains import Chain, find_chains, layers, spare
-from .linear import BlockSparseLinear
+from .linear import SCALES, BlockSparseLinear
 from .shrunk import RECORD, Shrunk, expand_state, gather_state, tensors_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -96,14 +96,22 @@ def unshrink_(model: nn.Module) -> None:
             bias = layer.bias
             if bias is not None:
                 bias = record.put_back(path, "bias", bias.detach())
-            _resize(layer, owner, path, weight, bias)
+            scales = getattr(layer, SCALES, None)
+            if scales is not None:
+                scales = record.put_back(path, SCALES, scales)
+            _resize(layer, owner, path, weight, bias, scales)
         for (path, name), value in zip(record.chain.counts, record.counts, strict=True):
             setattr(owner.get_submodule(path), name, value)
 
 
+def is_shrunk(model: nn.Module) -> bool:
+    """Whether something was left out of a part of ``model``."""
+    return any(RECORD in vars(module) for module in model.modules())
+
+
 def unshrunk(model: Model) -> Model:
     """``model``, or a copy with the stock shapes when something was left out of it."""
-    if not any(RECORD in vars(module) for module in model.modules()):
+    if not is_shrunk(model):
         return model
     model = copy.deepcopy(model)
     unshrink_(model)
@@ -210,7 +218,10 @@ def _remove(
     setattr(owner, RECORD, record)
     left = record.take(tensors_of(owner, chain), constants)
     for path, layer in layers(owner, chain).items():
-        _resize(layer, owner, path, left[path, "weight"], left.get((path, "bias")))
+        _resize(
+            layer, owner, path, left[path, "weight"], left.get((path, "bias")),
+            left.get((path, SCALES)),
+        )  # fmt: skip
     for (path, name), value in zip(chain.counts, counts, strict=True):
         setattr(owner.get_submodule(path), name, value * len(kept) // chain.items)
 
@@ -221,8 +232,10 @@ def _resize(
     path: str,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    scales: torch.Tensor | None,
 ) -> None:
-    """Give a layer another weight and bias; dense if no zero block is left in it."""
+    """Give a layer another weight and bias; dense if no zero block is left in it, but
+    for int8 weights, which stay the same numbers by their ``scales``."""
     if bias is not None:
         trained = layer.bias is not None and layer.bias.requires_grad
         bias = nn.Parameter(bias, requires_grad=trained)
@@ -232,9 +245,16 @@ def _resize(
         layer.out_features, layer.in_features = weight.shape
         return
     matrix = BlockSparseMatrix.from_dense(weight, layer.block_shape)
-    packed = BlockSparseLinear(matrix, activation=layer.activation)
+    if scales is not None:
+        matrix = matrix.quantize_with(scales)
+    packed = BlockSparseLinear(
+        matrix,
+        None,
+        layer.activation,
+        layer.static_scale if scales is not None else None,
+    )
     packed.register_parameter("bias", bias)
     packed.weight_values.requires_grad_(layer.weight_values.requires_grad)
     packed.train(layer.training)
-    dense = matrix.density == 1 and packed.activation is None
+    dense = matrix.density == 1 and packed.activation is None and scales is None
     owner.set_submodule(path, packed.to_linear() if dense else packed)

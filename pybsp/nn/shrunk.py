@@ -16,7 +16,7 @@ from torch import nn
 
 from ..matrix import BlockSparseMatrix
 from .chains import Chain, layers, spare
-from .linear import FIELDS, BlockSparseLinear
+from .linear import FIELDS, SCALES, BlockSparseLinear
 
 #: Attribute of an owner whose chain was made smaller.
 RECORD = "_pybsp_shrunk"
@@ -98,6 +98,9 @@ class Shrunk:
                 weight = tensors[path, "weight"]
                 result[path, name] = self._fold(weight, tensor, constants)
                 continue
+            if (path, name) == (self.chain.sink, SCALES):
+                result[path, name] = tensor
+                continue
             left, gone, dim = self.indices(path)
             self.aside[path, name] = _Nonzeros.of(tensor.index_select(dim, gone))
             result[path, name] = tensor.index_select(dim, left)
@@ -124,6 +127,8 @@ class Shrunk:
                 return tensor
             before, folded = (bias.to(tensor.device).double() for bias in self.biases)
             return (before + (tensor.double() - folded)).to(tensor.dtype)
+        if (path, name) == (self.chain.sink, SCALES):
+            return tensor
         left, gone, dim = self.indices(path)
         shape = list(tensor.shape)
         shape[dim] = len(left) + len(gone)
@@ -133,10 +138,13 @@ class Shrunk:
 
 
 def tensors_of(owner: nn.Module, chain: Chain) -> dict[tuple[str, str], torch.Tensor]:
-    """The weights and biases of a chain, dense, by layer and name."""
+    """The weights and biases of a chain, dense, by layer and name, and the scales of
+    int8 weights."""
     tensors = {}
     for path, layer in layers(owner, chain).items():
         tensors[path, "weight"] = layer.weight.detach()
+        if isinstance(layer, BlockSparseLinear) and layer.weight_scales is not None:
+            tensors[path, SCALES] = layer.weight_scales
         if layer.bias is not None:
             tensors[path, "bias"] = layer.bias.detach()
     return tensors
@@ -190,7 +198,7 @@ def gather_state(
         given[chain.sink, "bias"] = left[chain.sink, "bias"]
     for path, name in given:
         if name == "weight":
-            for part in FIELDS:
+            for part in (*FIELDS, SCALES):
                 state_dict.pop(f"{prefix}{path}.{part}", None)
         state_dict[f"{prefix}{path}.{name}"] = left[path, name]
 
@@ -219,7 +227,8 @@ def _dense_weight(
     if weight is None and all(prefix + name in state_dict for name in FIELDS):
         values, crow_indices, col_indices = (state_dict[prefix + n] for n in FIELDS)
         try:
-            matrix = BlockSparseMatrix(crow_indices, col_indices, values, shape)
+            scales = state_dict.get(prefix + SCALES)
+            matrix = BlockSparseMatrix(crow_indices, col_indices, values, shape, scales)
         except (TypeError, ValueError):
             return None  # The layer itself says what is wrong with them.
         weight = matrix.to_dense()

@@ -205,10 +205,10 @@ def swap(
         packed = BlockSparseLinear(matrix)
         packed.bias = linear.bias
         packed.train(linear.training)
-        packed.weight_values.requires_grad_(linear.weight.requires_grad)
-        swapped.append(
-            _Swapped(name, linear, packed, packed.weight_values, mask, block_shape)
-        )
+        values = packed.weight_values
+        assert isinstance(values, nn.Parameter)
+        values.requires_grad_(linear.weight.requires_grad)
+        swapped.append(_Swapped(name, linear, packed, values, mask, block_shape))
     return PackedTraining(model, inner, swapped)
 
 

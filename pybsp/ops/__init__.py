@@ -27,7 +27,14 @@ from .encoder_spec import (
     LinearSpec,
     NormSpec,
 )
-from .fields import all_finite, bind_pattern, column_major_blocks, int32_indices
+from .fields import (
+    all_finite,
+    bind_int8,
+    bind_pattern,
+    column_major_blocks,
+    int32_indices,
+)
+from .int8 import check_input_scale
 from .linear import (
     block_sparse_linear,
     block_sparse_linear_fields,
@@ -81,6 +88,7 @@ __all__ = [
     "all_finite",
     "apply_block_mask_",
     "available_isas",
+    "bind_int8",
     "bind_pattern",
     "block_mask",
     "block_norms",
@@ -90,6 +98,7 @@ __all__ = [
     "block_sparse_linears",
     "build_id",
     "check_activation",
+    "check_input_scale",
     "check_weight",
     "column_major_blocks",
     "config",

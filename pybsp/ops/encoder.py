@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .. import _core
+from .codes import CODES
 from .encoder_spec import (
     AttentionSpec,
     EncoderSpec,
@@ -17,7 +18,8 @@ from .encoder_spec import (
     NormSpec,
 )
 from .fields import bind_pattern
-from .linear import CODES, check_activation
+from .int8 import check_input_scale
+from .linear import check_activation
 
 
 class Encoder:
@@ -195,7 +197,9 @@ class Encoder:
 
     def _linear(
         self, name: str, spec: LinearSpec, shape: tuple[int, int]
-    ) -> tuple[Any, int, int]:
+    ) -> tuple[Any, Any, int]:
+        """The native matrix, the address of its values or, for int8 ones, the scale of
+        the input, and the address of the bias."""
         if _shape(spec) != shape:
             raise ValueError(
                 f"{name}: a weight has shape {_shape(spec)} and the parts around it "
@@ -203,16 +207,19 @@ class Encoder:
             )
         weight = spec.weight
         if isinstance(weight, torch.Tensor):
-            values = self._keep(f"{name}, weight", weight, shape)
+            second: Any = self._keep(f"{name}, weight", weight, shape)
             pattern = _dense_pattern(weight)
+        elif weight.scales is not None:
+            check_input_scale(spec.input_scale)
+            pattern, second = weight.pattern, spec.input_scale
         else:
-            values, pattern = weight.values.data_ptr(), weight.pattern
+            pattern, second = weight.pattern, weight.values.data_ptr()
             self._kept.append(weight.values)
         self._kept.append(pattern)
         bias = spec.bias
         return (
             pattern,
-            values,
+            second,
             0 if bias is None else self._keep(f"{name}, bias", bias, shape[:1]),
         )
 

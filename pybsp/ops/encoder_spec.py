@@ -1,7 +1,8 @@
 """What a native encoder computes, in the tensors of the model that it serves.
 
 Every tensor is float32 on the CPU and used where it lies: no weight is copied, and a
-weight that is changed in place is seen by the next call.
+weight that is changed in place is seen by the next call. int8 matrices are the
+exception: they hold a copy of their numbers.
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ import torch
 @dataclass(frozen=True)
 class LinearSpec:
     """``x W^T + bias`` with a ``BlockSparseMatrix`` or a dense contiguous ``(out, in)``
-    tensor as ``weight``."""
+    tensor as ``weight``.
+
+    With an int8 matrix ``input_scale`` is the size of the whole numbers that ``x`` is
+    rounded to; 0: one for each token, as in ``block_sparse_linear``.
+    """
 
     weight: Any
     bias: torch.Tensor | None = None
+    input_scale: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -56,14 +56,65 @@ def bind_pattern(
 
     The pattern keeps the index tensors' memory; they must not be written to.
     """
+    if values.dtype == torch.int8:
+        raise TypeError("int8 values need scales, one for each output; got none")
     if values.dtype != torch.float32:
         raise TypeError(
             f"values must be float32; got {values.dtype}; call .float() first"
         )
-    devices = {t.device for t in (crow_indices, col_indices, values)}
+    _check_fields(crow_indices, col_indices, values)
+    block_shape = (values.shape[1], values.shape[2])
+    return _core.BlockSparsePattern(
+        crow_indices.detach().cpu().numpy(), col_indices.detach().cpu().numpy(),
+        shape, block_shape,
+    )  # fmt: skip
+
+
+def bind_int8(
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    values: torch.Tensor,
+    shape: tuple[int, int],
+    scales: torch.Tensor,
+) -> Any:
+    """Check the fields of an int8 block-sparse matrix and return the native one, which
+    keeps a copy of all numbers. ``values`` lie column by column."""
+    if values.dtype != torch.int8:
+        raise TypeError(
+            f"scales belong to int8 values; got {values.dtype}: leave them out"
+        )
+    if scales.dtype != torch.float32:
+        raise TypeError(
+            f"scales must be float32; got {scales.dtype}; call .float() first"
+        )
+    if tuple(scales.shape) != (shape[0],):
+        raise ValueError(
+            f"scales has shape {tuple(scales.shape)}; it must be (out,) = ({shape[0]},)"
+        )
+    _check_fields(crow_indices, col_indices, values, scales)
+    scales = scales.detach().cpu()
+    if not bool(scales.isfinite().all()) or bool((scales < 0).any()):
+        raise ValueError(
+            "scales must be finite and not negative; they are max |row| / 127 or less"
+        )
+    block_shape = (values.shape[1], values.shape[2])
+    return _core.Int8Matrix(
+        crow_indices.detach().cpu().numpy(), col_indices.detach().cpu().numpy(),
+        values.detach().cpu().transpose(1, 2).numpy(), scales.numpy(),
+        shape, block_shape,
+    )  # fmt: skip
+
+
+def _check_fields(
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    values: torch.Tensor,
+    *scales: torch.Tensor,
+) -> None:
+    devices = {t.device for t in (crow_indices, col_indices, values, *scales)}
     if len(devices) > 1:
         raise ValueError(
-            "crow_indices, col_indices and values must be on one device; got "
+            "the fields of a matrix must be on one device; got "
             f"{', '.join(sorted(map(str, devices)))}"
         )
     if values.shape[0] != col_indices.numel():
@@ -71,8 +122,3 @@ def bind_pattern(
             f"values holds {values.shape[0]} blocks and col_indices "
             f"{col_indices.numel()} entries; they must be equal"
         )
-    block_shape = (values.shape[1], values.shape[2])
-    return _core.BlockSparsePattern(
-        crow_indices.detach().cpu().numpy(), col_indices.detach().cpu().numpy(),
-        shape, block_shape,
-    )  # fmt: skip

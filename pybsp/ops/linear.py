@@ -8,10 +8,10 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import reference
+from .codes import CODES
 from .fields import bind_pattern, column_major_blocks, int32_indices
 from .gradients import gradients
-
-CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
+from .int8 import EagerInt8Product, check_input_scale, multiply_int8
 
 # Global names: an attribute of torch costs a twentieth of a microsecond a look-up.
 _cpu = torch.device("cpu")
@@ -40,6 +40,8 @@ def block_sparse_linear(
     bias: Any = None,
     activation: str | None = None,
     residual: Any = None,
+    *,
+    input_scale: float = 0.0,
 ) -> Any:
     """``activation(x @ W.T + bias) + residual`` for a block-sparse ``W``.
 
@@ -51,9 +53,11 @@ def block_sparse_linear(
     bias : ``(out,)`` of the kind of ``x``, or None
     activation : None, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``
     residual : ``(..., out)`` of the kind of ``x``, or None
+    input_scale : for an int8 ``W``, which multiplies ``x`` rounded to whole numbers of
+        this size, at most 127; 0: ``max |x| / 127`` of each token by itself
 
     Returns ``(..., out)`` of the kind of ``x``. Differentiable in ``x``, ``bias``,
-    ``residual`` and ``W.values``; ``W``'s pattern is fixed. Works under
+    ``residual`` and float32 ``W.values``; ``W``'s pattern is fixed. Works under
     ``inference_mode``, ``torch.compile`` and ``torch.export``.
     """
     if (
@@ -74,6 +78,10 @@ def block_sparse_linear(
             values, pattern, (out_features, in_features) = W.values, W.pattern, W.shape
         except AttributeError:
             return block_sparse_linear(x, _from_bsr(W), bias, activation, residual)
+        if values.dtype is not _float32:
+            return _block_sparse_linear_int8(
+                x, W, bias, activation, residual, input_scale
+            )
         shape = x.shape
         if (
             x.dtype is not _float32
@@ -118,8 +126,49 @@ def block_sparse_linear(
         )
         return y
     if type(x).__module__ == "numpy":
-        return _block_sparse_linear_numpy(x, W, bias, activation, residual)
-    return _block_sparse_linear_dispatched(x, W, bias, activation, residual)
+        return _block_sparse_linear_numpy(x, W, bias, activation, residual, input_scale)
+    return _block_sparse_linear_dispatched(
+        x, W, bias, activation, residual, input_scale
+    )
+
+
+def _block_sparse_linear_int8(
+    x: torch.Tensor,
+    W: Any,
+    bias: Any,
+    activation: str | None,
+    residual: Any,
+    input_scale: float,
+) -> torch.Tensor:
+    """The eager call with int8 weights."""
+    out_features, in_features = W.shape
+    check_input_scale(input_scale)
+    if (
+        x.dtype is not _float32
+        or not W.values.is_cpu
+        or not x.shape
+        or x.shape[-1] != in_features
+        or activation not in CODES
+        or (bias is not None and type(bias) not in _plain_tensors)
+        or (residual is not None and type(residual) not in _plain_tensors)
+    ):
+        _check_linear(x, W, activation)
+        return _block_sparse_linear_dispatched(
+            x, W, bias, activation, residual, input_scale
+        )
+    if bias is not None:
+        bias = checked_bias(bias, out_features)
+    if residual is not None:
+        residual = checked_residual(residual, (*x.shape[:-1], out_features))
+    if _is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, bias, residual)
+    ):
+        product = EagerInt8Product.apply(x, bias, W, input_scale)  # type: ignore[no-untyped-call]
+        activated: torch.Tensor = reference.ACTIVATIONS[activation](product)
+        return activated if residual is None else activated + residual
+    return multiply_int8(
+        W.pattern, x, bias, CODES[activation], residual, input_scale, out_features
+    )
 
 
 def _multiply(
@@ -154,6 +203,7 @@ class _Matrix(NamedTuple):
     col_indices: torch.Tensor
     values: torch.Tensor
     pattern: Any
+    scales: None = None
 
 
 def _from_bsr(tensor: Any) -> _Matrix:
@@ -264,7 +314,12 @@ def checked_residual(
 
 
 def _block_sparse_linear_numpy(
-    x: Any, W: Any, bias: Any, activation: str | None, residual: Any
+    x: Any,
+    W: Any,
+    bias: Any,
+    activation: str | None,
+    residual: Any,
+    input_scale: float = 0.0,
 ) -> Any:
     import numpy as np
 
@@ -290,10 +345,14 @@ def _block_sparse_linear_numpy(
         bias = checked_bias(torch.as_tensor(np.array(bias)), out_features)
     if residual is not None:
         residual = checked_residual(torch.as_tensor(np.array(residual)), y.shape)
+    check_input_scale(input_scale)
+    input_arguments: tuple[Any, ...] = (
+        (W.values.data_ptr(), x.ctypes.data, y.size // out_features)
+        if W.scales is None
+        else (x.ctypes.data, y.size // out_features, input_scale)
+    )
     W.pattern.multiply(
-        W.values.data_ptr(),
-        x.ctypes.data,
-        y.size // out_features,
+        *input_arguments,
         0 if bias is None else bias.data_ptr(),
         CODES[activation],
         0 if residual is None else residual.data_ptr(),
@@ -304,7 +363,12 @@ def _block_sparse_linear_numpy(
 
 
 def _block_sparse_linear_dispatched(
-    x: Any, W: Any, bias: Any, activation: str | None, residual: Any
+    x: Any,
+    W: Any,
+    bias: Any,
+    activation: str | None,
+    residual: Any,
+    input_scale: float = 0.0,
 ) -> Any:
     """Through the operator: autograd, compile, export, other devices, autocast."""
     if not isinstance(x, torch.Tensor):
@@ -313,8 +377,9 @@ def _block_sparse_linear_dispatched(
         )
     W = W if hasattr(W, "pattern") else _from_bsr(W)
     y = block_sparse_linear_fields(
-        x, W.values, W.crow_indices, W.col_indices, W.shape, bias, activation
-    )
+        x, W.values, W.crow_indices, W.col_indices, W.shape, bias, activation,
+        W.scales, input_scale,
+    )  # fmt: skip
     return y if residual is None else y + checked_residual(residual, y.shape, y.device)
 
 
@@ -326,6 +391,8 @@ def block_sparse_linear_fields(
     shape: tuple[int, int],
     bias: torch.Tensor | None = None,
     activation: str | None = None,
+    scales: torch.Tensor | None = None,
+    input_scale: float = 0.0,
 ) -> torch.Tensor:
     """``block_sparse_linear`` on the tensors: what compile and export see."""
     if not isinstance(x, torch.Tensor):
@@ -335,10 +402,10 @@ def block_sparse_linear_fields(
     x = _autocast(x)
     if x.dtype != torch.float32:
         raise TypeError(f"x must be float32; got {x.dtype}; call .float() first")
-    if values.dtype != torch.float32:
-        raise TypeError(
-            f"values must be float32; got {values.dtype}; call .float() first"
-        )
+    wanted = torch.float32 if scales is None else torch.int8
+    if values.dtype != wanted:
+        remedy = "call .float() first" if scales is None else "quantize them again"
+        raise TypeError(f"values must be {wanted}; got {values.dtype}; {remedy}")
     _check_features(x, shape)
     if bias is not None:
         bias = checked_bias(bias, shape[0], x.device)
@@ -346,10 +413,19 @@ def block_sparse_linear_fields(
     fused = not torch.is_grad_enabled() or not any(
         t is not None and t.requires_grad for t in tensors
     )
-    y: torch.Tensor = torch.ops.pybsp.block_sparse_linear(
-        x, values, crow_indices, col_indices, bias,
-        (activation if fused else None) or "none", shape[0],
-    )  # fmt: skip
+    inside = (activation if fused else None) or "none"
+    y: torch.Tensor
+    if scales is None:
+        y = torch.ops.pybsp.block_sparse_linear(
+            x, values, crow_indices, col_indices, bias, inside, shape[0]
+        )
+    else:
+        if not _is_compiling():  # which has no numbers to check
+            check_input_scale(input_scale)
+        y = torch.ops.pybsp.block_sparse_linear_int8(
+            x, values, scales, crow_indices, col_indices, bias, inside, input_scale,
+            shape[0],
+        )  # fmt: skip
     return y if fused else reference.ACTIVATIONS[activation](y)
 
 

@@ -15,8 +15,8 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import _core
+from .codes import CODES
 from .linear import (
-    CODES,
     block_sparse_linear,
     check_activation,
     checked_bias,
@@ -89,6 +89,10 @@ def block_sparse_linear_tiles(
         raise TypeError(
             "W must be a pybsp.BlockSparseMatrix on the CPU; got "
             f"{type(W).__name__}{place}"
+        )
+    if W.values.dtype is not torch.float32:
+        raise TypeError(
+            "tiles hold float32 and W int8; use block_sparse_linear, or W.dequantize()"
         )
     shape = (*tiles.shape[:-1], W.shape[0])
     if tiles.features != W.shape[1]:
@@ -189,8 +193,11 @@ def _plain(x: Any, calls: list[tuple[Any, ...]]) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    if not all(hasattr(W, "pattern") and W.values.is_cpu for W, *_ in calls):
-        return False
+    for W, *_ in calls:
+        if not hasattr(W, "pattern") or not W.values.is_cpu:
+            return False
+        if W.values.dtype is not torch.float32:
+            return False
     tensors = [x]
     for W, bias, _, residual in calls:
         added = [t for t in (bias, residual) if t is not None]

@@ -25,6 +25,11 @@ _attached: weakref.WeakKeyDictionary[Optimizer, BlockPruner] = (
 )
 
 
+def pruner_of(optimizer: Any) -> BlockPruner | None:
+    """The pruner that is attached to ``optimizer``, wrapped or not."""
+    return _attached.get(inner_optimizer(optimizer))
+
+
 class BlockPruner:
     """Prunes ``model`` over ``total_steps`` optimizer steps.
 

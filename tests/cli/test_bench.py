@@ -250,3 +250,48 @@ def test_engines_compute_the_same(pruned, attention, engine):
     found = torch.from_numpy(call())
     torch.testing.assert_close(found[kept], expected[kept], atol=1e-4, rtol=1e-4)
     assert dense.config._attn_implementation == attention
+
+
+@pytest.fixture
+def int8(cli, own_pruned):
+    assert cli("pack", own_pruned, "--dtype", "int8").status == 0
+    return own_pruned
+
+
+def test_int8_beside_its_float32_form(cli, int8):
+    run = cli("bench", int8, *QUICK, "--seq", "16", "--json")
+    assert run.status == 0, run.stderr
+    assert run.data["dtype"] == "int8"
+    (row,) = run.data["measurements"]
+    assert row["dtype"] == "int8"
+    assert set(row["candidates"]) == {"dense", "packed", "packed float32"}
+    assert row["best_dense"] == "dense"
+    assert row["speedup_over_packed_float32"]["median"] > 0
+    assert row["floor"] is None
+    assert row["parts"]["ms"]["up"] > 0
+    (encoder,) = run.data["encoders"]
+    assert encoder["native"]
+
+
+def test_int8_tables(cli, int8):
+    run = cli("bench", int8, *QUICK, "--seq", "8")
+    assert run.status == 0, run.stderr
+    for text in (
+        "embeddings and encoder in int8", "packed float32", "int8, measured",
+        "feed-forward down",
+    ):  # fmt: skip
+        assert text in run.stdout, text
+    assert "arithmetic floor" not in run.stdout
+    run = cli("bench", int8, *QUICK, "--seq", "8,16")
+    assert run.status == 0, run.stderr
+
+
+def test_int8_weights_in_memory_are_those_of_the_kernels_too(int8):
+    model, _ = load_classifier(str(int8), 2)
+    tensors = [*model.parameters(), *model.buffers()]
+    found = breakdown.weight_bytes(model) - sum(tensor.nbytes for tensor in tensors)
+    layers = [m for m in model.modules() if getattr(m, "is_int8", False)]
+    assert len(layers) == 12
+    native = sum(layer.matrix.pattern.nbytes for layer in layers)
+    assert native >= sum(layer.weight_values.numel() for layer in layers)
+    assert found >= native

@@ -84,3 +84,31 @@ def test_not_finite(cli, foreign):
     run = cli("pack", foreign)
     assert run.status == 1
     assert "NaN" in run.stderr
+
+
+def test_int8(cli, foreign, tmp_path):
+    out = tmp_path / "copy"
+    run = cli("pack", foreign, "--out", out, "--dtype", "int8", "--json")
+    assert run.status == 0, run.stderr
+    layers = run.data["report"]["layers"]
+    assert [row["dtype"] for row in layers].count("int8") == 12
+    record = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert record["dtype"] == "int8"
+    stored = load_file(out / "model.pybsp.safetensors")
+    values = stored["bert.encoder.layer.0.output.dense.weight_values"]
+    assert values.dtype == torch.int8
+    assert cli("check", out).status == 0
+    # The record is followed, and the same bytes found again.
+    assert cli("pack", out).status == 0
+    again = load_file(out / "model.pybsp.safetensors")
+    assert set(again) == set(stored)
+    for name in stored:
+        if not name.endswith("weight_scales"):
+            assert torch.equal(again[name], stored[name]), name
+    assert "packed, int8" in cli("pack", out, "--dtype", "int8").stdout
+
+
+def test_an_unknown_type(cli, foreign):
+    run = cli("pack", foreign, "--dtype", "int4")
+    assert run.status == 2
+    assert "int4" in run.stderr

@@ -226,3 +226,25 @@ def test_the_report_names_the_encoder():
     assert report.to_dict()["encoders"] == [
         {"name": "bert", "architecture": "BertModel", "native": True, "reason": ""}
     ]
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_int8(name, static):
+    """Native as a whole, and what the int8 modules compute one by one."""
+    model, arguments = build(name), arguments_for(name)
+    options = {"dtype": "int8", "calibration": [arguments] if static else None}
+    native = packed(model, **options)
+    modules = packed(model, fuse=False, **options)
+    with counted() as calls, torch.inference_mode():
+        found, one_by_one = native(**arguments)[0], modules(**arguments)[0]
+        dense = model(**arguments)[0]
+    assert calls.native == 1
+    kept = kept_tokens(arguments, found)
+    assert not found[~kept].any()
+    found, one_by_one, dense = (y[kept] for y in (found, one_by_one, dense))
+    # Beside rounding, now and then an input is rounded to the next whole number.
+    rounding = float((found - one_by_one).norm() / dense.norm())
+    int8 = float((one_by_one - dense).norm() / dense.norm())
+    assert rounding < 0.01, rounding
+    assert int8 < 0.1, int8

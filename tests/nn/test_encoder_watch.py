@@ -269,3 +269,36 @@ def test_nothing_but_the_model_keeps_it_alive():
     del native
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("how", ["in place", "replaced", "loaded", "input scale"])
+def test_int8_weights_that_change(static, how):
+    batches = [text(2, 11)] if static else None
+    native = packed(build("bert"), dtype="int8", calibration=batches)
+    arguments = text(2, 11)
+    with torch.inference_mode(), counted() as calls:
+        before = native(**arguments)[0]
+        for layer in (native.encoder.layer[0].output.dense,):
+            with torch.inference_mode(False):
+                change_int8(layer, how)
+        after = native(**arguments)[0]
+        assert calls.native == 2
+        native.forward = None
+        del native.forward
+        # The modules compute the same but for roundings that fall the other way.
+        expected = native(**arguments)[0]
+    error = (after - expected).norm() / expected.norm()
+    assert error < 0.01
+    assert (before - expected).norm() / expected.norm() > 10 * error
+
+
+def change_int8(layer, how):
+    if how == "in place":
+        layer.weight_values.neg_()
+    elif how == "replaced":
+        layer.weight_scales = 3 * layer.weight_scales
+    elif how == "loaded":
+        layer.load_state_dict({"weight": -layer.weight, "bias": layer.bias})
+    else:
+        layer.input_scale = torch.tensor(0.5)

@@ -279,3 +279,201 @@ def test_exports_with_its_parameters():
         program = torch.export.export(layer, (x,))
         assert set(program.state_dict) == {*FIELDS, "bias"}
         assert_close(program.module()(x), x, linear.weight, linear.bias)
+
+
+def int8_layer(input_scale=None, block_shape=(8, 1), activation=None):
+    linear = pruned_linear(block_shape=block_shape)
+    matrix = pybsp.BlockSparseMatrix.from_dense(linear.weight, block_shape)
+    return BlockSparseLinear(matrix.quantize(), linear.bias, activation, input_scale)
+
+
+def int8_state(layer):
+    state = {name: getattr(layer, name) for name in (*FIELDS, "weight_scales")}
+    return {**state, "bias": layer.bias.detach()}
+
+
+@pytest.mark.parametrize("input_scale", [None, 0.03])
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_int8_computes_the_int8_product(input_scale, activation):
+    layer = int8_layer(input_scale, activation=activation)
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        expected = pybsp.block_sparse_linear(
+            x, layer.matrix, layer.bias, activation, input_scale=input_scale or 0.0
+        )
+        assert torch.equal(layer(x), expected)
+        assert torch.equal(
+            layer(x.as_subclass(type("X", (torch.Tensor,), {}))), expected
+        )
+    assert "dtype=int8" in repr(layer)
+    assert layer.matrix is layer.matrix
+    assert layer.matrix.values is layer.weight_values
+
+
+def test_int8_weights_are_not_trained_and_the_rest_is():
+    layer = int8_layer()
+    assert [name for name, _ in layer.named_parameters()] == ["bias"]
+    layer.requires_grad_(True)
+    x = torch.randn(3, 16, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, 16))
+    assert layer.bias.grad is not None
+
+
+def test_int8_from_linear_and_from_a_float32_layer():
+    linear = pruned_linear()
+    layer = BlockSparseLinear.from_linear(linear.eval(), (8, 1), dtype="int8")
+    assert layer.is_int8
+    assert not layer.training
+    packed = BlockSparseLinear.from_linear(linear, (8, 1), "relu")
+    other = packed.quantize(0.02)
+    assert torch.equal(other.weight_values, layer.weight_values)
+    assert other.bias is packed.bias
+    assert other.activation == "relu"
+    assert other.static_scale == pytest.approx(0.02)
+    assert other.quantize() is other
+    assert not packed.is_int8
+
+
+def test_an_input_scale_is_for_int8_and_positive():
+    matrix = pybsp.BlockSparseMatrix.from_dense(torch.eye(8), (8, 1))
+    with pytest.raises(ValueError, match="for int8 weights"):
+        BlockSparseLinear(matrix, input_scale=0.1)
+    with pytest.raises(ValueError, match="input_scale must be"):
+        BlockSparseLinear(matrix.quantize(), input_scale=-0.1)
+
+
+@pytest.mark.parametrize("change", ["buffer", "values", "scales", "input", "to"])
+def test_int8_notices_changed_tensors(change):
+    layer = int8_layer(0.03)
+    x = torch.randn(3, 16)
+    before = layer(x)
+    if change == "buffer":
+        layer.weight_values = torch.zeros_like(layer.weight_values)
+    elif change == "values":
+        layer.weight_values.zero_()
+    elif change == "scales":
+        layer.weight_scales.zero_()
+    elif change == "input":
+        layer.input_scale.fill_(1e6)
+    else:
+        layer.double().float()
+        assert torch.equal(layer(x), before)
+        return
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer.bias.expand(3, 24))
+
+
+def test_int8_with_scales_of_another_type_is_refused():
+    with pytest.raises(TypeError, match="scales must be float32"):
+        int8_layer().half()(torch.randn(3, 16))
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_int8_copies_are_independent(clone):
+    layer = int8_layer(0.03)
+    x = torch.randn(3, 16)
+    before = layer(x)
+    twin = clone(layer)
+    assert torch.equal(twin(x), before)
+    twin.weight_scales.zero_()
+    assert torch.equal(layer(x), before)
+    assert not torch.equal(twin(x), before)
+
+
+def test_int8_to_linear_is_dequantized():
+    layer = int8_layer(0.03)
+    linear = layer.to_linear()
+    assert type(linear) is nn.Linear
+    assert linear.weight.requires_grad
+    assert torch.equal(linear.weight, layer.matrix.to_dense())
+    again = BlockSparseLinear.from_linear(linear, (8, 1), dtype="int8")
+    assert torch.equal(again.weight_values, layer.weight_values)
+
+
+@pytest.mark.parametrize("input_scale", [None, 0.03])
+def test_int8_state_dict_is_the_dense_one_and_loads_back(input_scale):
+    layer = int8_layer(input_scale)
+    state = layer.state_dict()
+    assert set(state) == {"weight", "bias"}
+    nn.Linear(16, 24).load_state_dict(state)
+    twin = int8_layer(input_scale)
+    twin.weight_values.zero_()
+    x = torch.randn(3, 16)
+    twin(x)
+    twin.load_state_dict(state)
+    assert torch.equal(twin.weight_values, layer.weight_values)
+    assert torch.equal(twin(x), layer(x))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("static", [False, True])
+def test_int8_state_with_another_pattern_and_block_shape(assign, static):
+    source = int8_layer(0.07 if static else None, (4, 2))
+    layer = int8_layer(0.03)
+    x = torch.randn(3, 16)
+    layer(x)
+    state = int8_state(source)
+    if static:
+        state["input_scale"] = source.input_scale
+    layer.load_state_dict(state, assign=assign)
+    assert layer.block_shape == (4, 2)
+    assert layer.static_scale == pytest.approx(0.07 if static else 0.03)
+    with torch.no_grad():
+        expected = pybsp.block_sparse_linear(
+            x, source.matrix, source.bias, input_scale=layer.static_scale
+        )
+        assert torch.equal(layer(x), expected)
+
+
+def test_a_layer_keeps_its_type_whatever_is_loaded():
+    linear = pruned_linear()
+    layer, packed = int8_layer(), BlockSparseLinear.from_linear(linear, (8, 1))
+    packed.load_state_dict(int8_state(layer))
+    assert not packed.is_int8
+    assert torch.equal(packed.weight, layer.weight)
+    layer.load_state_dict(packed_state(BlockSparseLinear.from_linear(linear, (8, 1))))
+    assert layer.is_int8
+    quantized = pybsp.BlockSparseMatrix.from_dense(linear.weight, (8, 1)).quantize()
+    assert torch.equal(layer.weight_values, quantized.values)
+
+
+@pytest.mark.parametrize(
+    ("field", "harm", "message"),
+    [
+        ("weight_scales", lambda t: t[:-1], "scales"),
+        ("weight_scales", lambda t: -t, "not negative"),
+        ("weight_scales", lambda t: t * torch.nan, "finite"),
+        ("weight_scales", lambda t: t.double(), "float32"),
+        ("weight_scales", None, "need scales"),
+        ("weight_values", lambda t: t.to(torch.int16), "belong to int8"),
+        ("weight_values", lambda t: t[:-1], "values"),
+        ("weight_col_indices", lambda t: t + 100, "col_indices"),
+    ],
+)
+def test_hostile_int8_state_changes_nothing(field, harm, message):
+    layer = int8_layer()
+    state = int8_state(layer)
+    before = layer.weight.clone()
+    if harm is None:
+        del state[field]
+    else:
+        state[field] = harm(state[field])
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(state, strict=False)
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("input_scale", [None, 0.03])
+def test_int8_compiles_and_exports(input_scale):
+    layer = int8_layer(input_scale, activation="gelu").eval()
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        expected = layer(x)
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x), expected)
+        program = torch.export.export(layer, (x,))
+        assert torch.equal(program.module()(x), expected)
+        assert {*FIELDS, "weight_scales", "bias"} <= set(program.state_dict)

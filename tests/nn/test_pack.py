@@ -7,7 +7,7 @@ from torch import nn
 
 import pybsp
 from pybsp.blocks import expand_blocks
-from pybsp.costs import Cost
+from pybsp.costs import Cost, linear_cost
 from pybsp.nn import BlockSparseLinear, pack, pack_, unpack_
 
 
@@ -133,7 +133,7 @@ def test_a_shape_that_does_not_divide_leaves_that_layer_dense():
         (lambda: nn.Sequential(nn.Tanh()), {}, ValueError, "no nn.Linear"),
         (small_model, {"block_shape": (64, 64)}, ValueError, "zero blocks of shape"),
         (small_model, {"block_shape": (8, 0)}, ValueError, "positive"),
-        (small_model, {"dtype": "int8"}, ValueError, "'int8'"),
+        (small_model, {"dtype": "int4"}, ValueError, "'int4'"),
         (small_model, {"min_gain": -1}, ValueError, "min_gain"),
         (small_model, {"min_gain": float("nan")}, ValueError, "min_gain"),
         (small_model, {"tokens": 0}, ValueError, "tokens"),
@@ -241,3 +241,97 @@ def test_decision_for_this_cpu():
     report = pybsp.pack_(model, block_shape=(1, 1), min_gain=0.001)
     assert all(layer.dense_us > 0 and layer.sparse_us > 0 for layer in report.layers)
     assert all(layer.packed for layer in report.layers)
+
+
+def stacked_model():
+    """A list of layers of which one has no zero blocks, and a head."""
+    torch.manual_seed(0)
+    layers = [prune(nn.Linear(32, 32)), nn.Linear(32, 32), prune(nn.Linear(32, 32))]
+    model = nn.Module()
+    model.layers, model.head = nn.ModuleList(layers), nn.Linear(32, 8)
+    model.forward = lambda x: model.head(
+        model.layers[2](model.layers[1](model.layers[0](x)))
+    )
+    return model
+
+
+def assert_near(found, exact):
+    """Within what rounding inputs and weights to 1 / 127 makes of a few layers."""
+    error = float((found - exact).norm() / exact.norm())
+    assert error < 0.05, error
+
+
+def test_int8_packs_what_stands_between_packed_layers_too():
+    model = stacked_model()
+    x = torch.randn(9, 32)
+    with torch.no_grad():
+        before = model(x)
+        report = pack_(model, dtype="int8", min_gain=0)
+        assert_near(model(x), before)
+    assert all(layer.is_int8 for layer in model.layers)
+    assert type(model.head) is nn.Linear
+    assert [layer.dtype for layer in report.layers] == ["int8"] * 3 + ["float32"]
+    assert report.layers[1].density == 1
+    assert report.layers[1].block_shape == (8, 1)
+    for line, layer in zip(report.layers, model.layers, strict=False):
+        assert line.packed_bytes == layer.matrix.nbytes
+    assert "3 of 4 linear layers packed, 3 of them in int8" in str(report)
+    assert report.to_dict()["layers"][0]["dtype"] == "int8"
+
+
+def test_int8_is_measured_and_stays_dense_where_it_would_not_be_faster(monkeypatch):
+    asked = []
+
+    def cost(shape, block_shape, density, tokens, dtype):
+        asked.append((shape, block_shape, tokens, dtype))
+        return Cost(100.0, 200.0 if density == 1 else 20.0)
+
+    monkeypatch.setattr(pack, "linear_cost", cost)
+    model = stacked_model()
+    report = pack_(model, dtype="int8", tokens=5)
+    assert [type(layer) for layer in model.layers] == [
+        BlockSparseLinear, nn.Linear, BlockSparseLinear,
+    ]  # fmt: skip
+    assert "0.50x" in report.layers[1].reason
+    assert report.layers[1].dtype == "float32"
+    assert report.layers[0].gain == 5.0
+    assert asked[0] == ((32, 32), (8, 1), 5, "int8")
+
+
+def test_int8_after_float32_and_back():
+    model, x = small_model(), torch.randn(5, 32)
+    direct = copy.deepcopy(model)
+    pack_(model, min_gain=0)
+    assert {type(model[i]) for i in (0, 2)} == {BlockSparseLinear}
+    pack_(model, dtype="int8", min_gain=0)
+    pack_(direct, dtype="int8", min_gain=0)
+    with torch.no_grad():
+        assert torch.equal(model(x), direct(x))
+    report = pack_(model, min_gain=0)  # stays int8
+    assert [layer.dtype for layer in report.layers] == ["int8", "int8", "float32"]
+    assert report.layers[0].reason == "was packed already"
+    weights = [model[i].weight.clone() for i in (0, 2)]
+    unpack_(model)
+    assert all(type(model[i]) is nn.Linear for i in (0, 2))
+    assert torch.equal(model[0].weight, weights[0])
+    assert torch.equal(model[2].weight, weights[1])
+    pack_(model, dtype="int8", min_gain=0)
+    with torch.no_grad():
+        assert torch.equal(model(x), direct(x))
+
+
+def test_int8_keeps_shared_weights_shared():
+    first, second = prune(nn.Linear(32, 32)), nn.Linear(32, 32)
+    second.weight = first.weight
+    model = nn.Sequential(first, second)
+    pack_(model, dtype="int8", min_gain=0)
+    assert model[0].weight_values is model[1].weight_values
+    assert model[0].weight_scales is model[1].weight_scales
+
+
+def test_int8_costs_are_measured_on_this_cpu():
+    report = pack_(small_model(), dtype="int8", tokens=16)
+    assert all(layer.sparse_us for layer in report.layers[:2])
+    cost = linear_cost((64, 32), (8, 1), 0.25, 16, dtype="int8")
+    assert cost.measured
+    assert cost.sparse_us > 0

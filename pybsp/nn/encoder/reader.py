@@ -10,7 +10,7 @@ from torch import nn
 
 from ...ops import LinearSpec, NormSpec
 from ..fuse import FusedActivation, activation_of
-from ..linear import BlockSparseLinear
+from ..linear import FIELDS, INPUT_SCALE, SCALES, BlockSparseLinear
 from .watch import Slot, Watch
 
 
@@ -99,10 +99,11 @@ class Reader:
     ) -> LinearSpec:
         """``activation``: which one a packed layer computes by itself."""
         layer = self._open(parent, name)
+        input_scale = 0.0
         if type(layer) is nn.Linear:
             weight: Any = self.parameter(layer, "weight")
         elif type(layer) is BlockSparseLinear:
-            self._check(layer, "weight_values", layer.weight_values, strided=False)
+            self._check_values(layer)
             try:
                 weight = layer.matrix
             except (TypeError, ValueError) as error:
@@ -111,14 +112,35 @@ class Reader:
                 layer.activation == activation,
                 f"{self._name(layer)} computes an activation of its own",
             )
-            self.parameter(layer, "weight_values", strided=False)
-            for field in ("weight_crow_indices", "weight_col_indices"):
-                self.buffer(layer, field)
+            input_scale = self._watch_fields(layer)
             self.packed += 1
         else:
             raise Deviation(f"{self._name(layer)} is {_a(type(layer).__name__)}")
         bias = None if layer.bias is None else self.parameter(layer, "bias")
-        return LinearSpec(weight, bias)
+        return LinearSpec(weight, bias, input_scale)
+
+    def _check_values(self, layer: BlockSparseLinear) -> None:
+        if not layer.is_int8:
+            self._check(layer, "weight_values", layer.weight_values, strided=False)
+        self.expect(
+            layer.weight_values.is_cpu,
+            f"{self._name(layer)}.weight_values is on {layer.weight_values.device}",
+        )
+
+    def _watch_fields(self, layer: BlockSparseLinear) -> float:
+        """The fields of a packed weight; its input scale."""
+        for field in FIELDS[1:]:
+            self.buffer(layer, field)
+        if not layer.is_int8:
+            self.parameter(layer, "weight_values", strided=False)
+            return 0.0
+        # The native matrix is a copy of these.
+        for field in (FIELDS[0], SCALES, INPUT_SCALE):
+            if layer._buffers[field] is None:
+                self._slots.append((layer._buffers, field, None))
+            else:
+                self.copied(self.buffer(layer, field))
+        return layer.static_scale
 
     def heads(self, parent: Any, size: int, *names: str) -> int:
         """How many heads of ``size`` the projections ``names`` compute: stock modules
