@@ -88,6 +88,9 @@ void multiply_outputs(const Int8Products& products, const Int8Tile& tile,
     quads -= kQuads;
     columns += kQuads * step;
     if (quads > 0) gather<kVectors>(products, columns, quads, inputs[turn ^ 1]);
+    for (int64_t row = 0; row < rows; ++row) {
+      __builtin_prefetch(w + row * stride + kWeightsAhead);
+    }
     _tile_loadd(6, w, stride);
     _tile_loadd(7, in, kVectorBytes);
     _tile_dpbsud(0, 6, 7);
