@@ -173,17 +173,18 @@ def onnxruntime_call(model: bytes, x: torch.Tensor) -> Call:
     return lambda: session.run(None, feed)[0]
 
 
-def openvino_call(model: bytes, x: torch.Tensor) -> Call:
+def openvino_call(model: Any, x: torch.Tensor, precision: str = "f32") -> Call:
+    """An ONNX model, or one of OpenVINO's; what is not 8-bit runs in ``precision``."""
     import openvino
 
     core = openvino.Core()
     compiled = core.compile_model(
-        core.read_model(io.BytesIO(model)),
+        core.read_model(io.BytesIO(model)) if isinstance(model, bytes) else model,
         "CPU",
         {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             # Otherwise bfloat16 where the CPU has AMX.
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": precision,
             "PERFORMANCE_HINT": "LATENCY",
             # It would pin the calling thread for everyone.
             "ENABLE_CPU_PINNING": False,

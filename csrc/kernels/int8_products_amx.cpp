@@ -34,7 +34,7 @@ void configure(int64_t rows) {
 // The inputs of 16 quads, of which `quads` exist, for each vector: inputs + v *
 // kInputBytes.
 template <int kVectors>
-inline void gather(const Int8Products& products, const int32_t* columns, int64_t quads,
+inline void gather(const Int8Products& products, const uint16_t* columns, int64_t quads,
                    int8_t* inputs) {
   for (int64_t q = 0; q < kQuads; ++q) {
     Bytes quad[kVectors];
@@ -42,7 +42,7 @@ inline void gather(const Int8Products& products, const int32_t* columns, int64_t
     const int64_t from = q < quads ? q : 0;
     if (products.weights.consecutive) {
       const int8_t* x =
-          products.bytes + int64_t{columns[from]} * (kVectors * kLanes / 4);
+          products.bytes + int64_t{columns[from]} * (kVectors * kVectorBytes);
       PYBSP_UNROLL
       for (int v = 0; v < kVectors; ++v) quad[v] = load_bytes(x + v * kVectorBytes);
     } else {
@@ -50,7 +50,7 @@ inline void gather(const Int8Products& products, const int32_t* columns, int64_t
       PYBSP_UNROLL
       for (int k = 0; k < 4; ++k) {
         rows[k] =
-            load_bytes(products.bytes + int64_t{columns[4 * from + k]} * (kLanes / 4));
+            load_bytes(products.bytes + int64_t{columns[4 * from + k]} * kVectorBytes);
       }
       bring_together<kVectors>(rows, quad);
     }
@@ -67,8 +67,8 @@ void multiply_outputs(const Int8Products& products, const Int8Tile& tile,
                       int64_t rows) {
   const Int8View& weights = products.weights;
   const int step = weights.consecutive ? 1 : 4;
-  const int32_t* columns = weights.columns + int64_t{tile.first_quad} * step;
-  const int8_t* w = weights.weights + tile.by_row;
+  const uint16_t* columns = weights.columns + int64_t{tile.first_quad} * step;
+  const int8_t* w = weights.weights + tile.high_by_row;
   const int64_t stride = tile.stride(), second = kRows * stride;
   alignas(64) int8_t inputs[2][kVectors * kInputBytes];
   _tile_zero(0);
@@ -88,6 +88,9 @@ void multiply_outputs(const Int8Products& products, const Int8Tile& tile,
     quads -= kQuads;
     columns += kQuads * step;
     if (quads > 0) gather<kVectors>(products, columns, quads, inputs[turn ^ 1]);
+    for (int64_t row = 0; row < rows; ++row) {
+      __builtin_prefetch(w + row * stride + kWeightsAhead);
+    }
     _tile_loadd(6, w, stride);
     _tile_loadd(7, in, kVectorBytes);
     _tile_dpbsud(0, 6, 7);
@@ -169,21 +172,19 @@ int64_t rows_together(const Int8Tile* tile, const Int8Tile* end) {
   return whole;
 }
 
-// An instruction takes as long for fewer outputs. Eight of any columns are faster with
-// vectors, which bring the inputs together without a way through memory.
 template <int kVectors>
 void multiply_width(const Int8Products& products) {
   const Int8Tile* const end = products.weights.tiles + products.last;
   int64_t configured = 0;
   for (const Int8Tile* tile = products.weights.tiles + products.first; tile != end;) {
-    const int64_t rows = rows_together(tile, end);
-    if (rows < (products.weights.consecutive ? 8 : 16)) {
+    if (!tile->high) {
       multiply_whole_tile<kVectors>(
           products, *tile,
-          {products.weights.weights + tile->by_row, 4, tile->stride()});
+          {products.weights.weights + tile->high_by_row, 4 * tile->rows, 4});
       ++tile;
       continue;
     }
+    const int64_t rows = rows_together(tile, end);
     const int64_t height = rows < kRows ? rows : kRows;
     if (height != configured) configure(height);
     configured = height;
@@ -211,6 +212,6 @@ void multiply(const Int8Products& products) {
 }  // namespace
 
 const Int8Kernels int8_kernels = {quantize_inputs, multiply, dot_chains,
-                                  Int8Order::by_row};
+                                  Int8Order::high_by_row};
 
 }  // namespace pybsp::PYBSP_ISA

@@ -9,18 +9,18 @@ namespace {
 
 // The inputs of a quad.
 template <int kVectors, bool kConsecutive>
-inline void load_quad(const int32_t* columns, const int8_t* bytes,
+inline void load_quad(const uint16_t* columns, const int8_t* bytes,
                       Inputs (&in)[kVectors]) {
   Bytes quad[kVectors];
   if constexpr (kConsecutive) {
-    const int8_t* x = bytes + int64_t{*columns} * (kVectors * kLanes / 4);
+    const int8_t* x = bytes + int64_t{*columns} * (kVectors * kVectorBytes);
     PYBSP_UNROLL
     for (int v = 0; v < kVectors; ++v) quad[v] = load_bytes(x + v * kVectorBytes);
   } else {
     Bytes rows[4];
     PYBSP_UNROLL
     for (int k = 0; k < 4; ++k) {
-      rows[k] = load_bytes(bytes + int64_t{columns[k]} * (kLanes / 4));
+      rows[k] = load_bytes(bytes + int64_t{columns[k]} * kVectorBytes);
     }
     bring_together<kVectors>(rows, quad);
   }
@@ -51,7 +51,7 @@ void multiply_tile(const Int8Products& products, const Int8Tile& tile,
   constexpr int kCopies = kRows * kVectors >= 9 ? 1 : kRows * kVectors >= 4 ? 2 : 4;
   constexpr int kStep = kConsecutive ? 1 : 4;
   const Int8View& weights = products.weights;
-  const int32_t* columns = weights.columns + int64_t{tile.first_quad} * kStep;
+  const uint16_t* columns = weights.columns + int64_t{tile.first_quad} * kStep;
   const int64_t quad_step = tile_weights.quad_step, row_step = tile_weights.row_step;
   const int8_t* w = tile_weights.first;
   Sums acc[kCopies][kRows][kVectors];

@@ -13,6 +13,10 @@ namespace {
 
 constexpr int64_t kTileRows = 8;
 constexpr int64_t kQuad = 4;
+// Outputs from which on an instruction for 16 of them is faster than vectors: those
+// bring any eight inputs together without a way through memory.
+constexpr int64_t kHigh = 16;
+constexpr int64_t kHighConsecutive = 8;
 constexpr std::align_val_t kLine{64};
 
 int64_t blocks_of(const BlockSparseView& pattern, int64_t row) {
@@ -79,10 +83,12 @@ void Int8Weights::append_tiles(const BlockSparseView& pattern, int64_t first,
     const int64_t quads =
         (blocks_of(pattern, row) * pattern.block_cols + kQuad - 1) / kQuad;
     for (int64_t sub = row * r; sub < end * r; sub += kTileRows) {
+      const int64_t height = (end - row) * r;
       tiles_.push_back({static_cast<int32_t>(sub),
                         static_cast<int32_t>(std::min(kTileRows, end * r - sub)),
                         static_cast<int32_t>(quads), first_quad,
-                        size(Int8Order::by_quad), size(Int8Order::by_row)});
+                        height >= (consecutive_ ? kHighConsecutive : kHigh),
+                        size(Int8Order::by_quad), size(Int8Order::high_by_row)});
     }
     row = end;
   }
@@ -95,28 +101,31 @@ void Int8Weights::append_columns(const BlockSparseView& pattern, int64_t row) {
   };
   for (int64_t i = 0; i < kept; i += kQuad) {
     if (consecutive_) {
-      columns_.push_back(static_cast<int32_t>(feature(i) / kQuad * 16));
+      columns_.push_back(static_cast<uint16_t>(feature(i) / kQuad));
       continue;
     }
     for (int64_t k = i; k < i + kQuad; ++k) {
-      columns_.push_back(static_cast<int32_t>(feature(std::min(k, kept - 1)) * 16));
+      columns_.push_back(static_cast<uint16_t>(feature(std::min(k, kept - 1))));
     }
   }
 }
 
 int64_t Int8Weights::begin(const Int8Tile& tile, Int8Order order, int64_t row,
                            int64_t quad) {
-  if (order == Int8Order::by_row) {
-    return tile.by_row + row * tile.stride() + quad * kQuad;
+  const bool by_quad = order == Int8Order::by_quad;
+  if (tile.high && !by_quad) {
+    return tile.high_by_row + row * tile.stride() + quad * kQuad;
   }
-  return tile.by_quad + (quad * tile.rows + row) * kQuad;
+  return (by_quad ? tile.by_quad : tile.high_by_row) + (quad * tile.rows + row) * kQuad;
 }
 
 int64_t Int8Weights::size(Int8Order order) const {
   if (tiles_.empty()) return 0;
   const Int8Tile& last = tiles_.back();
-  return order == Int8Order::by_row ? begin(last, order, last.rows, 0)
-                                    : begin(last, order, 0, last.quads);
+  const int64_t end = last.high && order == Int8Order::high_by_row
+                          ? begin(last, order, last.rows, 0)
+                          : begin(last, order, 0, last.quads);
+  return (end + 63) / 64 * 64;
 }
 
 void Int8Weights::Free::operator()(int8_t* p) const { operator delete[](p, kLine); }
@@ -126,6 +135,10 @@ Int8Weights::Bytes Int8Weights::zeros(Int8Order order) const {
   Bytes bytes(static_cast<int8_t*>(operator new[](count, kLine)));
   std::memset(bytes.get(), 0, count);
   return bytes;
+}
+
+Int8Order Int8Weights::other_order() const {
+  return order_ == Int8Order::by_quad ? Int8Order::high_by_row : Int8Order::by_quad;
 }
 
 Int8View Int8Weights::view(Int8Order order) const {
@@ -149,12 +162,9 @@ Int8View Int8Weights::view(Int8Order order) const {
 }
 
 int64_t Int8Weights::bytes() const {
-  return size(order_) +
-         (other_ ? size(order_ == Int8Order::by_row ? Int8Order::by_quad
-                                                    : Int8Order::by_row)
-                 : 0) +
+  return size(order_) + (other_ ? size(other_order()) : 0) +
          static_cast<int64_t>(
-             tiles_.size() * sizeof(Int8Tile) + columns_.size() * sizeof(int32_t) +
+             tiles_.size() * sizeof(Int8Tile) + columns_.size() * sizeof(uint16_t) +
              scales_.size() * sizeof(float) + offsets_.size() * sizeof(int32_t));
 }
 

@@ -18,9 +18,9 @@
 
 namespace pybsp {
 
-// The order of the weights of a tile: [quad][row][4], or [row][quad][4] with the quads
-// of a row filled up with zeros to whole cache lines.
-enum class Int8Order { by_quad, by_row };
+// The order of the weights of a tile: [quad][row][4]; or, of high blocks,
+// [row][quad][4] with the quads of a row filled up with zeros to whole cache lines.
+enum class Int8Order { by_quad, high_by_row };
 
 // Up to eight consecutive outputs with the same inputs. Those of one block row follow
 // each other and have one first_quad.
@@ -29,8 +29,9 @@ struct Int8Tile {
   int32_t rows;
   int32_t quads;
   int32_t first_quad;  // among those of all tiles, see `columns`
-  int64_t by_quad;     // where its weights begin
-  int64_t by_row;
+  bool high;           // by row in Int8Order::high_by_row
+  int64_t by_quad;     // where its weights begin in each order
+  int64_t high_by_row;
 
   // Bytes from row to row in the order by row.
   int64_t stride() const { return (int64_t{quads} * 4 + 63) / 64 * 64; }
@@ -39,9 +40,8 @@ struct Int8Tile {
 struct Int8View {
   bool consecutive;  // quads of consecutive features
   const Int8Tile* tiles;
-  // For each quad the first of its features divided by four, or its four features; all
-  // times 16, the bytes of the narrowest row of a tile of inputs.
-  const int32_t* columns;
+  // For each quad the first of its features divided by four, or its four features.
+  const uint16_t* columns;
   const int8_t* weights;
   const float* scales;     // (out)
   const int32_t* offsets;  // (out) 128 times the sum of the weights
@@ -72,12 +72,13 @@ class Int8Weights {
   static int64_t begin(const Int8Tile& tile, Int8Order order, int64_t row,
                        int64_t quad);
   int64_t size(Int8Order order) const;
+  Int8Order other_order() const;
   Bytes zeros(Int8Order order) const;
 
   bool consecutive_;
   Schedule schedule_;
   std::vector<Int8Tile> tiles_;
-  std::vector<int32_t> columns_;
+  std::vector<uint16_t> columns_;
   std::vector<float> scales_;
   std::vector<int32_t> offsets_;
   Int8Order order_;

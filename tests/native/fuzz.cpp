@@ -3,6 +3,7 @@
 #include "gemm_cases.h"
 #include "grad_cases.h"
 #include "group_lasso_cases.h"
+#include "int8_cases.h"
 #include "product_cases.h"
 
 namespace selftest {
@@ -25,6 +26,10 @@ void fuzz(Report& report, Random& random) {
   matrix.check(report, random.between(0, tokens), activation);
   const GradCase gradients({grid_rows * r, grid_cols * c, r, c}, density, tokens, seed);
   gradients.check(report, tokens);
+  const Int8Case int8(
+      {grid_rows * r, grid_cols * c, r, c}, density, tokens,
+      random.between(0, 1) == 0 ? Int8Values::random : Int8Values::extreme, seed);
+  int8.check(report, tokens);
   const int64_t in = grid_cols * c;
   const ProductCase products({{grid_rows * r, in, r, c},
                               {random.between(1, 90), in, 1, in},

@@ -75,13 +75,14 @@ bool passes(const std::string& isa, const Options& options) {
     selftest::check_token_tiles(report);
     selftest::check_block_sparse_grad(report, options.quick);
     selftest::check_encoder(report, options.quick);
+    selftest::check_int8(report, options.quick);
     selftest::check_activations(report, options.quick);
     selftest::check_group_lasso(report, options.quick);
     selftest::check_block_mask(report, options.quick);
   }
   selftest::Random random(options.seed);
   for (int64_t i = 0; i < options.fuzz_cases; ++i) selftest::fuzz(report, random);
-  std::printf("%-8s %s %" PRId64 " of %" PRId64 " checks failed  tiles %016" PRIx64
+  std::printf("%-11s %s %" PRId64 " of %" PRId64 " checks failed  tiles %016" PRIx64
               "  rest %016" PRIx64 "\n",
               isa.c_str(), report.failures() == 0 ? "ok    " : "FAILED",
               report.failures(), report.checks(), report.tiles.value(),

@@ -1,0 +1,234 @@
+"""Whole encoders of 8-bit weights and inputs against 8-bit and float32 engines.
+
+The models, inputs and turns of ``benchmarks.whole_encoder``, packed with
+``dtype="int8"``: integers for every linear layer of the encoder, scales for each token,
+attention and norms in float32. The 8-bit peers quantise the same dense weights: torch
+and ONNX Runtime dynamically, OpenVINO by NNCF for transformers, from the timed input.
+``over_floor`` is the time over that of the arithmetic alone, kept weights at the peak of
+8-bit products of vectors and attention at the multiply-add peak of the same run; AMX
+does more products than vectors, OpenVINO's among them. ``error``: of the hidden states
+against float64, relative, by norms.
+
+    python -m benchmarks.whole_encoder_int8 [--deepsparse PYTHON] [--quick]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import tempfile
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pybsp
+from benchmarks import deepsparse, peers
+from benchmarks.section import Options, Section, Summary, block_text, main, reach
+from benchmarks.turns import take_turns
+from benchmarks.whole_encoder import FromIds, onnx_bytes, over, pruned
+from pybsp.blocks import BlockShape
+
+#: model, block shape, sparsity, batch, length
+CASES = (
+    ("bert_base", (8, 1), 0.8, 1, 128),
+    ("bert_base", (16, 4), 0.8, 1, 128),
+    ("bert_base", (32, 32), 0.8, 1, 128),
+    ("bert_base", (1, 96), 0.8, 1, 128),
+    ("bert_base", (8, 1), 0.9, 1, 128),
+    ("bert_base", (16, 4), 0.9, 1, 128),
+    ("bert_base", (8, 1), 0.8, 1, 16),
+    ("bert_base", (16, 4), 0.8, 32, 128),
+    ("minilm", (8, 1), 0.8, 1, 128),
+    ("minilm", (16, 4), 0.8, 1, 128),
+    ("minilm", (8, 1), 0.8, 1, 16),
+)
+#: A peer that computes the rest, attention above all, in bfloat16: shown, and not
+#: counted among those whose rest is float32 as ours.
+BFLOAT16 = "openvino int8, bfloat16"
+#: The largest relative error of hidden states that is rounding to 8 bits and no mistake.
+TOLERANCE = 0.1
+
+
+def measure(options: Options) -> dict[str, Any]:
+    rows = [
+        compare(*case, options)
+        for case in (CASES[:2] if options.quick else CASES)
+        if (not options.tokens or case[4] in options.tokens)
+        and (not options.blocks or case[1] in options.blocks)
+    ]
+    targets = []
+    for block in ((8, 1), (16, 4)):
+        head = [
+            row
+            for row in rows
+            if (row["model"], row["sparsity"], row["batch"], row["M"])
+            == ("bert_base", 0.8, 1, 128)
+            and row["block_shape"] == list(block)
+        ]
+        what = f"int8 BERT-base, ids to states, 1 x 128, 80 % {block_text(block)}"
+        targets += [
+            *reach(f"{what}, time over its arithmetic floor",
+                   [row["over_floor"] for row in head], median=1.6, at_most=True,
+                   form="{:.2f}x"),
+            *reach(f"{what}, over the best dense int8 peer",
+                   [row["over_dense_int8"] for row in head], median=3.5,
+                   form="{:.2f}x"),
+            *reach(f"{what}, over the best dense float32 peer",
+                   [row["over_dense"] for row in head], median=10.0, form="{:.1f}x"),
+            *reach(f"{what}, over float32", over("pybsp float32", head), median=2.0,
+                   form="{:.2f}x"),
+        ]  # fmt: skip
+    return {"rows": rows, "targets": targets}
+
+
+def compare(
+    name: str, block: BlockShape, sparsity: float, batch: int, length: int,
+    options: Options,
+) -> dict[str, Any]:  # fmt: skip
+    model, kept = pruned(name, block, sparsity)
+    hidden, layers = model.config.hidden_size, model.config.num_hidden_layers
+    ids = torch.randint(1000, 30000, (batch, length))
+    dense = FromIds(model).eval()
+    exported = onnx_bytes(dense, ids)
+    packed = {
+        dtype: FromIds(pack(model, block, dtype)).eval() for dtype in ("int8", "float32")
+    }
+    float_calls = {"torch": lambda: dense(ids), **peers.onnx_calls(exported, ids)}
+    int8_calls = dense_int8(model, exported, ids)
+    calls: dict[str, Any] = {
+        "pybsp": lambda: packed["int8"](ids),
+        "pybsp float32": lambda: packed["float32"](ids),
+        **float_calls,
+        **int8_calls,
+    }
+    expected = copy.deepcopy(dense).double()(ids[:1])
+    errors = {}
+    with contextlib.ExitStack() as stack:
+        if options.deepsparse:
+            server = stack.enter_context(
+                deepsparse.serve_model(options.deepsparse, ids, exported)
+            )
+            calls["DeepSparse"] = server
+        for peer, call in calls.items():
+            states = server.output if peer == "DeepSparse" else torch.as_tensor(call())
+            errors[peer] = relative_error(states[:1], expected)
+            if errors[peer] > TOLERANCE:
+                raise AssertionError(f"{peer} is {errors[peer]:.3f} off, relatively")
+        fma_peak = pybsp.ops.fma_peak() * torch.get_num_threads()
+        dot_peak = pybsp.ops.dot_peak() * torch.get_num_threads()
+        rounds = take_turns(
+            calls, seconds=4.0, min_rounds=2 if batch > 1 else 5, always_warm=batch == 1
+        )
+    tokens = batch * length
+    attention = layers * 4 * tokens * length * hidden
+    floor = 2 * tokens * kept / dot_peak + attention / fma_peak
+    speedup = {
+        peer: round(rounds.ratio(peer, "pybsp"), 2) for peer in calls if peer != "pybsp"
+    }
+    return {
+        "model": name,
+        "layers": layers,
+        "batch": batch,
+        "M": length,
+        "block_shape": list(block),
+        "sparsity": sparsity,
+        "dtype": "int8",
+        "threads": torch.get_num_threads(),
+        "isa": pybsp.ops.active_isa(),
+        "peak_gflops": round(fma_peak / 1e9, 1),
+        "peak_int8_gops": round(dot_peak / 1e9, 1),
+        "times": {peer: rounds.to_dict(peer) for peer in calls},
+        "error": {peer: round(error, 5) for peer, error in errors.items()},
+        "floor_ms": round(floor * 1e3, 3),
+        "over_floor": round(rounds.median("pybsp") / floor, 3),
+        "speedup": speedup,
+        "over_dense": min(speedup[peer] for peer in float_calls),
+        "over_dense_int8": min(
+            speedup[peer] for peer in int8_calls if peer != BFLOAT16
+        ),
+    }
+
+
+def pack(model: Any, block: BlockShape, dtype: str) -> Any:
+    packed = copy.deepcopy(model)
+    report = pybsp.pack_(packed, block_shape=block, min_gain=0, dtype=dtype)
+    assert all(encoder.native for encoder in report.encoders), report.encoders
+    return packed
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def dense_int8(model: Any, exported: bytes, ids: torch.Tensor) -> dict[str, peers.Call]:
+    """The same model in the 8-bit forms of those engines that are installed."""
+    torch.backends.quantized.engine = "x86"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch: deprecated
+        dynamic = FromIds(
+            torch.ao.quantization.quantize_dynamic(
+                copy.deepcopy(model), {torch.nn.Linear}, dtype=torch.qint8
+            )
+        ).eval()
+    calls: dict[str, peers.Call] = {"torch int8 dynamic": lambda: dynamic(ids)}
+    if find_spec("onnxruntime"):
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        with tempfile.TemporaryDirectory() as folder:
+            source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
+            source.write_bytes(exported)
+            logging.getLogger().setLevel(logging.ERROR)  # it advises to infer shapes
+            quantize_dynamic(
+                source, target, per_channel=True, weight_type=QuantType.QInt8
+            )
+            calls["onnxruntime int8 dynamic"] = peers.onnxruntime_call(
+                target.read_bytes(), ids
+            )
+    if find_spec("openvino") and find_spec("nncf"):
+        import nncf
+        import openvino
+
+        nncf.set_log_level(logging.ERROR)
+        with contextlib.redirect_stdout(io.StringIO()):
+            quantized = nncf.quantize(
+                openvino.Core().read_model(io.BytesIO(exported)),
+                nncf.Dataset([{"x": ids.numpy()}]),
+                model_type=nncf.ModelType.TRANSFORMER,
+                subset_size=1,
+            )
+        calls["openvino int8"] = peers.openvino_call(quantized, ids)
+        calls[BFLOAT16] = peers.openvino_call(quantized, ids, "bf16")
+    return calls
+
+
+def summary(data: dict[str, Any]) -> Summary:
+    names = list(dict.fromkeys(name for row in data["rows"] for name in row["speedup"]))
+    head = [
+        "model", "block", "sparsity", "batch x tokens", "ms", "over the floor", "error",
+        *names,
+    ]  # fmt: skip
+    rows = [
+        [
+            row["model"],
+            block_text(row["block_shape"]),
+            f"{row['sparsity']:.0%}",
+            f"{row['batch']} x {row['M']}",
+            f"{row['times']['pybsp']['median_ms']:.2f}",
+            f"{row['over_floor']:.2f}x",
+            f"{row['error']['pybsp']:.1%}",
+            *(f"{row['speedup'].get(name, float('nan')):.2f}x" for name in names),
+        ]
+        for row in data["rows"]
+    ]
+    return head, rows
+
+
+SECTION = Section("whole_encoder_int8", measure, summary)
+
+if __name__ == "__main__":
+    main(SECTION, __doc__)
