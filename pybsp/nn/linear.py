@@ -274,6 +274,7 @@ class BlockSparseLinear(nn.Module):
 
     @property
     def is_int8(self) -> bool:
+        """Whether the weights are int8 and not float32."""
         return self.weight_scales is not None
 
     @property
