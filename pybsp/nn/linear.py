@@ -230,7 +230,7 @@ class BlockSparseLinear(nn.Module):
     def _is_of(self, matrix: BlockSparseMatrix) -> bool:
         """Whether ``matrix`` is made of the tensors that are here now."""
         buffers = self._buffers
-        values = self._parameters.get("weight_values")
+        values: torch.Tensor | None = self._parameters.get("weight_values")
         if values is None:
             values = buffers["weight_values"]
         return (

@@ -139,7 +139,7 @@ def _block_sparse_linear_int8(
     activation: str | None,
     residual: Any,
     input_scale: float,
-) -> torch.Tensor:
+) -> Any:
     """The eager call with int8 weights."""
     out_features, in_features = W.shape
     check_input_scale(input_scale)
@@ -164,8 +164,8 @@ def _block_sparse_linear_int8(
         t is not None and t.requires_grad for t in (x, bias, residual)
     ):
         product = EagerInt8Product.apply(x, bias, W, input_scale)  # type: ignore[no-untyped-call]
-        activated: torch.Tensor = reference.ACTIVATIONS[activation](product)
-        return activated if residual is None else activated + residual
+        y: torch.Tensor = reference.ACTIVATIONS[activation](product)
+        return y if residual is None else y + residual
     return multiply_int8(
         W.pattern, x, bias, CODES[activation], residual, input_scale, out_features
     )
