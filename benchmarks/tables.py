@@ -19,7 +19,8 @@ from benchmarks.result import RESULTS
 from benchmarks.sections import SECTIONS
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md", "docs/speed.md", "docs/pruning.md")
+PAGES = ("README.md", "docs/results.md", "docs/speed.md", "docs/pruning.md",
+         "docs/quantization.md")  # fmt: skip
 METRICS = {"accuracy": "accuracy", "f1": "F1"}
 
 
@@ -202,11 +203,25 @@ def penalty() -> str:
     return markdown(head, rows)
 
 
+def quantization() -> str:
+    """Int8 against float32 by the choice of scales, dense and pruned side by side."""
+    rows: dict[str, list[str]] = {}
+    for row in load("quantization.json")[0]["rows"]:
+        rows.setdefault(row["scheme"], []).extend(
+            [f"{100 * row['hidden']:.1f} %", f"{row['cosine']:.4f}",
+             f"{row['worst_cosine']:.4f}"]
+        )  # fmt: skip
+    columns = ("hidden", "cosine", "worst")
+    head = [f"{part}: {name}" for part in ("dense", "80 %") for name in columns]
+    return markdown(["scales", *head], [[name, *row] for name, row in rows.items()])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "linear": linear,
     "hook": hook,
     "penalty": penalty,
+    "quantization": quantization,
     "training_step": training_step,
     "numbers": numbers,
     "machine": machine,

@@ -23,9 +23,11 @@ PROMISED = {
 }  # fmt: skip
 #: Sources whose tests are named after something else.
 TESTED_IN = {
+    "ops/codes": "test_ops.py",
     "ops/encoder": "kernels/test_encoder.py",
     "ops/encoder_spec": "kernels/test_encoder.py",
     "ops/fields": "test_ops.py",
+    "ops/int8": "test_ops_int8.py",
     "ops/gradients": "kernels/test_block_sparse_grad.py",
     "ops/linear": "test_ops.py",
     "ops/runtime": "runtime/test_isa.py",

@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> Result:
     # Of the model that was timed.
     report = replace(report, encoders=encoders)
     data["report"] = report.to_dict()
-    layers = bench_tables.layers_table(report)
+    layers = bench_tables.layers_table(report, dtype)
     return Result(data, [*bench_tables.tables(data, encoders), layers])
 
 

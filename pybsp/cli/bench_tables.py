@@ -147,15 +147,14 @@ def parts_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def layers_table(report: PackReport) -> Table:
+def layers_table(report: PackReport, dtype: str) -> Table:
     """The layers alone: those that differ in their numbers only are one row."""
     kinds: dict[tuple[Any, ...], list[LayerReport]] = {}
     for layer in report.layers:
         name = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", layer.name)
         key = (name, layer.shape, layer.block_shape, layer.packed, layer.reason)
         kinds.setdefault(key, []).append(layer)
-    int8 = any(layer.dtype == "int8" for layer in report.layers)
-    known = "int8, measured" if int8 else "predicted"
+    known = "predicted" if dtype == "float32" else f"{dtype}, measured"
     table = Table(
         title=f"each layer alone, {report.tokens} tokens, {known}",
         title_justify="left",

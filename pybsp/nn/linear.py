@@ -274,6 +274,7 @@ class BlockSparseLinear(nn.Module):
 
     @property
     def is_int8(self) -> bool:
+        """Whether the weights are int8 and not float32."""
         return self.weight_scales is not None
 
     @property
@@ -373,7 +374,7 @@ class BlockSparseLinear(nn.Module):
                     f"this layer {shape}"
                 )
             matrix = BlockSparseMatrix.from_dense(dense, self.block_shape)
-            return matrix.quantize() if self.is_int8 else matrix
+            return self._as_own_type(matrix)
         if not present:
             return None
         if len(present) < len(FIELDS):
@@ -388,7 +389,18 @@ class BlockSparseLinear(nn.Module):
             matrix = BlockSparseMatrix(crow_indices, col_indices, values, shape, scales)
         except ValueError as error:
             raise ValueError(f"{error}: the checkpoint is damaged") from error
-        return matrix.quantize() if self.is_int8 else matrix.dequantize()
+        return self._as_own_type(matrix)
+
+    def _as_own_type(self, matrix: BlockSparseMatrix) -> BlockSparseMatrix:
+        if self.weight_scales is None:
+            return matrix.dequantize()
+        if matrix.scales is None and not self.weight_scales.is_meta:
+            # What this layer gave away, dense, comes back as it was. Of a layer that
+            # lacks columns the largest weight of a row no longer tells its scale.
+            same = matrix.quantize_with(self.weight_scales.to(matrix.values.device))
+            if torch.equal(same.to_dense(), matrix.to_dense()):
+                return same
+        return matrix.quantize()
 
     def _resize(self, matrix: BlockSparseMatrix) -> None:
         self.block_shape = matrix.block_shape

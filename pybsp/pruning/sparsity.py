@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -85,9 +86,11 @@ def model_sparsity(model: nn.Module) -> ModelSparsity:
         if isinstance(module, nn.Linear) and id(module.weight) not in seen:
             seen.add(id(module.weight))
             layers.append(_dense_layer(name, module))
-        elif isinstance(values, nn.Parameter):
+        elif isinstance(values, torch.Tensor):
             layers.append(_packed_layer(name, module, values))
-            removed += layers[-1].weights - values.numel()
+            # int8 values are no parameters, but what they stand for is.
+            counted = values.numel() if isinstance(values, nn.Parameter) else 0
+            removed += layers[-1].weights - counted
     parameters = sum(p.numel() for p in model.parameters()) + removed
     return ModelSparsity(tuple(layers), parameters)
 
@@ -128,7 +131,7 @@ def _dense_layer(name: str, module: nn.Linear) -> LayerSparsity:
     return LayerSparsity(name, shape, block_shape, zeros, blocks, zero_blocks)
 
 
-def _packed_layer(name: str, module: nn.Module, values: nn.Parameter) -> LayerSparsity:
+def _packed_layer(name: str, module: nn.Module, values: torch.Tensor) -> LayerSparsity:
     kept, rows, cols = values.shape
     shape = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
     blocks = shape[0] * shape[1] // (rows * cols)

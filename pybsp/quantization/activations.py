@@ -13,8 +13,8 @@ from .weights import LEVELS
 
 #: ``input_scale`` of a layer whose tokens get a scale of their own.
 DYNAMIC = 0.0
-#: Below it ``127 / a`` would overflow: such a token counts as zero.
-_SMALLEST = LEVELS / torch.finfo(torch.float32).max
+#: A token of which no element reaches this counts as zero: ``127 / a`` may overflow.
+LEAST_INPUT = 2.0**-100
 
 
 def quantize_tokens(
@@ -23,25 +23,24 @@ def quantize_tokens(
     """``(q, scales)`` of tokens ``(..., in)``: int8 like ``x`` and float32 ``(...)``.
 
     ``input_scale`` is the static scale; 0 gives every token its own. The scale of a
-    token that has NaN (or, with a dynamic scale, infinity) anywhere is NaN.
+    token that has NaN or infinity anywhere is NaN.
     """
     x = x.detach().float()
     largest = x.abs().amax(-1)
     if input_scale == DYNAMIC:
-        used = largest > _SMALLEST
-        inverse = torch.where(used, LEVELS / largest, 0.0)[..., None]
-        scales = torch.where(used, largest / LEVELS, 0.0)
-        scales = scales.masked_fill(~largest.isfinite(), torch.nan)
+        used = largest >= LEAST_INPUT
+        # Of two tensors: a number divided by a tensor is rounded twice.
+        most = torch.full_like(largest, LEVELS)
+        inverse = torch.where(used, most / largest, 0.0)
+        scales = torch.where(used, largest / most, 0.0)
     else:
-        inverse = 1.0 / x.new_tensor(input_scale)
-        scales = x.new_full(largest.shape, input_scale)
-        scales = scales.masked_fill(largest.isnan(), torch.nan)
-    levels = (x * inverse).round_().clamp_(-LEVELS, LEVELS)
+        scales = torch.full_like(largest, input_scale)
+        inverse = scales.reciprocal()
+    scales = scales.masked_fill(~largest.isfinite(), torch.nan)
+    levels = (x * inverse[..., None]).round_().clamp_(-LEVELS, LEVELS)
     return levels.nan_to_num_(0.0).to(torch.int8), scales
 
 
 def clipped(x: torch.Tensor, input_scale: float) -> torch.Tensor:
     """Where a static scale is too small for ``x``."""
-    return (x.detach().float() * (1.0 / x.new_tensor(input_scale).float())).abs() > (
-        LEVELS + 0.5
-    )
+    return x.detach().abs() > (LEVELS + 0.5) * input_scale

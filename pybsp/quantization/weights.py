@@ -50,7 +50,8 @@ def row_scales(weight: torch.Tensor, clip: Clip = "mse") -> torch.Tensor:
         largest = largest * _best_ratios(weight, largest)
     elif clip == "percentile":
         largest = _percentiles(weight)
-    return largest / LEVELS
+    # Of two tensors: on some devices a number divides by its reciprocal.
+    return largest / torch.full_like(largest, LEVELS)
 
 
 def round_rows(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -215,7 +215,8 @@ def test_an_engine_that_fails_is_left_out(pruned, monkeypatch):
 
 def test_tables_say_why_there_are_no_parts():
     row = {
-        "what": "w", "threads": 2, "batch": 1, "sequence": 4, "tokens": 4,
+        "what": "w", "dtype": "float32", "threads": 2, "batch": 1, "sequence": 4,
+        "tokens": 4,
         "candidates": {
             name: {"median_ms": ms, "p95_ms": 3 * ms, "sequences_per_s": 1e3 / ms,
                    "tokens_per_s": 4e3 / ms}

@@ -9,6 +9,7 @@ import pybsp
 from pybsp.blocks import expand_blocks
 from pybsp.costs import Cost, linear_cost
 from pybsp.nn import BlockSparseLinear, pack, pack_, unpack_
+from pybsp.quantization import calibrate
 
 
 def prune(linear, block_shape=(8, 1), density=0.25):
@@ -335,3 +336,48 @@ def test_int8_costs_are_measured_on_this_cpu():
     cost = linear_cost((64, 32), (8, 1), 0.25, 16, dtype="int8")
     assert cost.measured
     assert cost.sparse_us > 0
+
+
+def test_int8_input_scales_from_calibration_or_known():
+    batches = [torch.randn(9, 32) for _ in range(3)]
+    model = small_model()
+    inputs = {"0": torch.cat(batches)}
+    with torch.no_grad():
+        inputs["2"] = model[1](model[0](inputs["0"]))
+    scales = calibrate(model, batches, ["0", "2"])
+    report = pack_(model, dtype="int8", min_gain=0, calibration=iter(batches))
+    for name in ("0", "2"):
+        layer = model.get_submodule(name)
+        assert layer.static_scale == torch.tensor(scales[name]).item()
+        # The least squared error clips little of what was seen.
+        largest = float(inputs[name].abs().max())
+        assert 0.3 * largest < 127 * layer.static_scale <= 1.001 * largest
+    assert [layer.input_scale > 0 for layer in report.layers] == [True, True, False]
+    assert "packed, int8, static" in str(report)
+    known = small_model()
+    pack_(known, dtype="int8", min_gain=0, calibration={"0": scales["0"]})
+    assert known[0].static_scale == model[0].static_scale
+    assert known[2].static_scale == 0
+    # One that is int8 already may be given scales.
+    pack_(known, dtype="int8", min_gain=0, calibration=scales)
+    assert known[2].static_scale == model[2].static_scale
+    with torch.no_grad():
+        assert torch.equal(known(batches[0]), model(batches[0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dtype": "float32", "calibration": []}, ValueError, "for dtype='int8'"),
+        ({"calibration": {"x": torch.ones(1)}}, TypeError, "into a list"),
+        ({"calibration": {"7": 0.1}}, ValueError, "'7', which is no linear layer"),
+        ({"calibration": {"0": -0.1}}, ValueError, "input_scale must be"),
+        ({"calibration": []}, ValueError, "no batches"),
+    ],
+)
+def test_wrong_calibration_is_one_line_and_changes_nothing(options, error, message):
+    model = small_model()
+    with pytest.raises(error, match=message) as caught:
+        pack_(model, **{"dtype": "int8", "min_gain": 0, **options})
+    assert "\n" not in str(caught.value)
+    assert type(model[0]) is nn.Linear

@@ -86,3 +86,15 @@ def test_record() -> None:
 def test_record_of_a_dense_model_is_refused() -> None:
     with pytest.raises(ValueError, match="no linear layer carries a block shape"):
         sparsity_record(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_an_int8_layer_counts_as_its_dense_form() -> None:
+    model = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 3))
+    with torch.no_grad():
+        model[0].weight[:8] = 0
+    model[0] = BlockSparseLinear.from_linear(model[0], (8, 1), dtype="int8")
+    packed = model_sparsity(model)
+    model[0] = model[0].to_linear()
+    dense = model_sparsity(model)
+    assert packed.layers == dense.layers
+    assert packed.parameters == dense.parameters

@@ -130,6 +130,20 @@ def test_gradient_checkpointing(reentrant):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+# torch 2.13's own; it concerns every autograd.Function that is compiled
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_in_one_graph():
+    linear, x = sparse_linear(), torch.randn(4, 40, requires_grad=True)
+    fake_quantize_(linear)
+    linear(x).sum().backward()
+    expected, x.grad = x.grad, None
+    compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
+    y = compiled(x)
+    y.sum().backward()
+    assert torch.equal(y, linear(x))
+    assert torch.equal(x.grad, expected)
+
+
 def test_copies_and_pickles():
     linear, x = sparse_linear(), torch.randn(2, 40)
     fake_quantize_(linear, input_scale=0.03)

@@ -1,0 +1,41 @@
+"""The migration that the benchmark compares with is exact in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from encoders import as_float64, assert_rounding, build, text
+
+from benchmarks.quantization import Scheme, linears, migrate_, pruned, quantized
+from pybsp.quantization.linear import FakeQuantizedLinear
+
+GIVEN = [text(2, 9), text(3, 12, seed=1)]
+
+
+@pytest.mark.parametrize("power", [0.25, 0.5])
+def test_migration_changes_nothing_but_rounding(power):
+    model = build("bert")
+    exact, dense = as_float64(model, GIVEN[0]), model(**GIVEN[0])[0].detach()
+    zeros = {name: model.get_submodule(name).weight == 0 for name in linears(model)}
+    before = {name: model.get_submodule(name).weight.clone() for name in zeros}
+    migrate_(model, linears(model), power, GIVEN)
+    assert_rounding(model(**GIVEN[0])[0].detach(), dense, exact)
+    for name, mask in zeros.items():
+        weight = model.get_submodule(name).weight
+        assert torch.equal(weight == 0, mask)
+        assert not torch.equal(weight, before[name])
+
+
+def test_schemes_quantize_a_copy():
+    model = build("bert")
+    names = linears(model)
+    assert len(names) == 12
+    scheme = Scheme("", static="max", keep=(names[0],))
+    copy = quantized(model, scheme, GIVEN)
+    kinds = [isinstance(copy.get_submodule(n), FakeQuantizedLinear) for n in names]
+    assert kinds == [False] + [True] * 11
+    assert copy.get_submodule(names[1]).input_scale > 0
+    assert not any(isinstance(m, FakeQuantizedLinear) for m in model.modules())
+    share = [float((pruned(model, 0.8).get_submodule(n).weight == 0).float().mean())
+             for n in names]  # fmt: skip
+    assert all(abs(value - 0.8) < 0.01 for value in share)
