@@ -74,6 +74,15 @@ def check_input_scales(scales: Any) -> dict[str, float]:
     return dict(scales)
 
 
+def check_layer_names(names: Any) -> list[str]:
+    """``ValueError`` unless these are texts."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"quantization_config.float32_modules lists names of layers; got {names!r}"
+        )
+    return list(names)
+
+
 def name_in_model(model: nn.Module, name: str, names: Container[str]) -> str | None:
     """What a layer of that name in a checkpoint is called in ``model``, if anything."""
     prefix = getattr(model, "base_model_prefix", "") + "."

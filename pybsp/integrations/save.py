@@ -165,7 +165,8 @@ def packing_record(
         for name, module in model.named_modules()
         if isinstance(module, BlockSparseLinear) and module.static_scale
     }
-    for entry in ("dtype", "input_scales"):
+    float32 = [name for name, matrix in matrices.items() if matrix.scales is None]
+    for entry in ("dtype", "input_scales", "float32_modules"):
         record.pop(entry, None)
     return {
         "block_shape": list(usual),
@@ -177,6 +178,7 @@ def packing_record(
         "modules": modules,
         **({"dtype": "int8"} if int8 else {}),
         **({"input_scales": scales} if scales else {}),
+        **({"float32_modules": float32} if int8 and float32 else {}),
         "pybsp_version": version("pybsp"),
     }
 

@@ -32,6 +32,7 @@ from ..nn.report import EncoderReport
 from ..nn.shrink import shrink_
 from .loading import (
     check_input_scales,
+    check_layer_names,
     check_record,
     finish_layers,
     name_in_model,
@@ -68,6 +69,7 @@ class BlockSparseConfig(QuantizationConfigMixin):
     format : ``"dense"`` or ``"packed"``: which file holds the weights.
     dtype : of the packed weights, ``"float32"`` or ``"int8"``.
     input_scales : of int8 layers by name, those that are known.
+    float32_modules : layers that are not quantised though others are.
     min_gain, fuse, shrink : as for ``pybsp.pack_``, for what happens on loading.
 
     Other entries, such as ``sparsity``, are kept and written again.
@@ -83,6 +85,7 @@ class BlockSparseConfig(QuantizationConfigMixin):
         shrink: bool = True,
         dtype: str = "float32",
         input_scales: dict[str, float] | None = None,
+        float32_modules: list[str] | None = None,
         **notes: Any,
     ) -> None:
         if dtype not in ("float32", "int8"):
@@ -118,6 +121,7 @@ class BlockSparseConfig(QuantizationConfigMixin):
         self.modules = {k: check_block_shape(v) for k, v in (modules or {}).items()}
         self.dtype = dtype
         self.input_scales = check_input_scales(input_scales or {})
+        self.float32_modules = check_layer_names(float32_modules or [])
         self.min_gain = min_gain
         self.fuse = fuse
         self.shrink = shrink
@@ -136,6 +140,8 @@ class BlockSparseConfig(QuantizationConfigMixin):
             record["dtype"] = self.dtype
         if self.input_scales:
             record["input_scales"] = dict(self.input_scales)
+        if self.float32_modules:
+            record["float32_modules"] = list(self.float32_modules)
         if self.min_gain != 1.0:
             record["min_gain"] = self.min_gain
         if not self.fuse:
@@ -205,8 +211,7 @@ class BlockSparseHfQuantizer(HfQuantizer):
         try:
             report = pack.pack_(
                 model,
-                dtype=self.quantization_config.dtype,
-                calibration=self._known_input_scales(model),
+                **self._int8_options(model),
                 fuse=self.quantization_config.fuse,
                 min_gain=self.quantization_config.min_gain,
                 shrink=self.quantization_config.shrink,
@@ -219,17 +224,27 @@ class BlockSparseHfQuantizer(HfQuantizer):
         else:
             tell_encoders(report.encoders)
 
-    def _known_input_scales(self, model: nn.Module) -> dict[str, float] | None:
+    def _int8_options(self, model: nn.Module) -> dict[str, Any]:
+        """Those of ``pack_``, with the names that layers have in ``model``."""
         config = self.quantization_config
         if config.dtype != "int8":
-            return None
+            return {}
         names = {name for name, _ in model.named_modules(remove_duplicate=False)}
-        scales = {}
-        for recorded, scale in config.input_scales.items():
-            name = name_in_model(model, recorded, names)
-            if name is not None:
-                scales[name] = scale
-        return scales
+        recorded = {*config.input_scales, *config.float32_modules}
+        found = {name: name_in_model(model, name, names) for name in recorded}
+        return {
+            "dtype": "int8",
+            "calibration": {
+                name: scale
+                for key, scale in config.input_scales.items()
+                if (name := found[key]) is not None
+            },
+            "float32_modules": [
+                name
+                for key in config.float32_modules
+                if (name := found[key]) is not None
+            ],
+        }
 
     def _dequantize(
         self, model: nn.Module, dtype: torch.dtype | str | None = None

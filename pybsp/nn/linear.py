@@ -195,8 +195,11 @@ class BlockSparseLinear(nn.Module):
         parameters, buffers = self._parameters, self._buffers
         values = parameters.get("weight_values")
         if values is None:
+            matrix = self._matrix
+            if matrix is None or not self._is_of(matrix):
+                matrix = self._bind()
             result: torch.Tensor = ops.block_sparse_linear(
-                x, self.matrix, parameters["bias"], self.activation,
+                x, matrix, parameters["bias"], self.activation,
                 input_scale=self._input_scale,
             )  # fmt: skip
             return result
@@ -219,34 +222,23 @@ class BlockSparseLinear(nn.Module):
         Built once and again whenever a tensor was replaced, moved or loaded, and with
         int8 values when one was written to.
         """
-        matrix, values = self._matrix, self.weight_values
-        if (
-            matrix is None
-            or matrix.values is not values
-            or matrix.crow_indices is not self.weight_crow_indices
-            or matrix.col_indices is not self.weight_col_indices
-            or matrix.scales is not self.weight_scales
-            or self._state != self._present_state()
-        ):
+        matrix = self._matrix
+        if matrix is None or not self._is_of(matrix):
             matrix = self._bind()
         return matrix
 
-    def _present_state(self) -> tuple[int, ...]:
-        """What changes with the tensors that a matrix was made of. The native form of
-        int8 weights is a copy, which a change in place outdates."""
-        values, scales = self.weight_values, self.weight_scales
-        if scales is None:
-            return (values.data_ptr(),)
-        copied = (values, scales, self.input_scale)
-        return tuple(
-            number
-            for tensor in copied
-            if tensor is not None
-            # Inference tensors count no versions.
-            for number in (
-                tensor.data_ptr(),
-                0 if tensor.is_inference() else tensor._version,
-            )
+    def _is_of(self, matrix: BlockSparseMatrix) -> bool:
+        """Whether ``matrix`` is made of the tensors that are here now."""
+        buffers = self._buffers
+        values = self._parameters.get("weight_values")
+        if values is None:
+            values = buffers["weight_values"]
+        return (
+            matrix.values is values
+            and matrix.crow_indices is buffers["weight_crow_indices"]
+            and matrix.col_indices is buffers["weight_col_indices"]
+            and matrix.scales is buffers[SCALES]
+            and self._state == _state(values, matrix.scales, buffers[INPUT_SCALE])
         )
 
     def _bind(self) -> BlockSparseMatrix:
@@ -269,7 +261,9 @@ class BlockSparseLinear(nn.Module):
         self.weight_col_indices = matrix.col_indices
         self.block_shape = matrix.block_shape
         self._input_scale = self.static_scale
-        self._matrix, self._state = matrix, self._present_state()
+        # Another thread that sees the matrix also sees its state.
+        self._state = _state(values, matrix.scales, self.input_scale)
+        self._matrix = matrix
         return matrix
 
     @property
@@ -416,3 +410,21 @@ class BlockSparseLinear(nn.Module):
         ):
             if self._buffers[name].shape != indices.shape:  # type: ignore[union-attr]
                 setattr(self, name, torch.empty_like(indices, device=old.device))
+
+
+def _state(
+    values: torch.Tensor, scales: torch.Tensor | None, input_scale: torch.Tensor | None
+) -> tuple[int, ...]:
+    """What changes with the tensors that a matrix was made of. The native form of int8
+    weights is a copy, which a change in place outdates too."""
+    if scales is None:
+        return (values.data_ptr(),)
+    both = (values.data_ptr(), scales.data_ptr(), _version(values), _version(scales))
+    if input_scale is None:
+        return both
+    return (*both, input_scale.data_ptr(), _version(input_scale))
+
+
+def _version(tensor: torch.Tensor) -> int:
+    # Inference tensors count none.
+    return 0 if tensor.is_inference() else tensor._version

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import nn
 from .. import ops
 from ..blocks import BlockShapeSpec
 from ..costs import expected_cost, linear_cost
+from ..pruning.config import check_names
+from ..pruning.targets import is_among
 from ..quantization import calibrate
 from .encoder import fuse_encoders_, unfuse_encoders_
 from .fuse import fuse_, unfuse_
@@ -32,6 +34,7 @@ def pack_(
     tokens: int = 128,
     shrink: bool = True,
     calibration: Iterable[Any] | Mapping[str, float] | None = None,
+    float32_modules: str | Sequence[str] = (),
 ) -> PackReport:
     """Replace, in place, every ``nn.Linear`` with zero blocks where that is faster.
 
@@ -62,16 +65,21 @@ def pack_(
         only argument, each) that stand for what is to come, which are run through it;
         or the scales themselves by name, as ``pybsp.quantization.calibrate`` found them
         or as far as they are known.
+    float32_modules : which layers are not quantised where others are: names (any run of
+        dotted components) or one regular expression. ``quantization.sensitivity`` says
+        which ones matter most.
 
     Raises ``ValueError`` before anything is changed: no layer with zero blocks, weights
     that are not finite, not float32 or not on the CPU, or a wrong option.
     """
     _check_options(model, dtype, min_gain, tokens)
-    if calibration is not None and dtype != "int8":
-        raise ValueError(f"calibration is for dtype='int8'; dtype is {dtype!r}")
+    float32 = check_names("float32_modules", float32_modules, empty=True)
+    if dtype != "int8" and (calibration is not None or float32):
+        option = "calibration" if calibration is not None else "float32_modules"
+        raise ValueError(f"{option} is for dtype='int8'; dtype is {dtype!r}")
     if dtype == "int8":
         plans, removed = _pack_int8(
-            model, block_shape, min_gain, tokens, shrink, calibration
+            model, block_shape, min_gain, tokens, shrink, calibration, float32
         )
     else:
         plans, removed = _pack_float32(model, block_shape, min_gain, tokens, shrink)
@@ -106,16 +114,23 @@ def _pack_int8(
     tokens: int,
     shrink: bool,
     calibration: Iterable[Any] | Mapping[str, float] | None,
+    float32: str | tuple[str, ...],
 ) -> tuple[list[LayerPlan], list[Removed]]:
     plans = plan_packing(model, block_shape)
-    scales = _input_scales(model, plan_int8(model, plans), calibration)
+    names = [name for plan in plans for name in plan.names]
+    if float32 and not any(is_among(name, float32) for name in names):
+        raise ValueError(
+            f"float32_modules={float32!r} matches no linear layer of this model, such "
+            f"as {names[0]!r}"
+        )
+    scales = _input_scales(model, plan_int8(model, plans, float32), calibration)
     # Weights are quantised whole, as they are saved, and left out of afterwards.
     if is_shrunk(model):
         unshrink_(model)
         plans = plan_packing(model, block_shape)
     plans = [
         _decide(plan.with_input_scales(scales), min_gain, tokens)
-        for plan in plan_int8(model, plans)
+        for plan in plan_int8(model, plans, float32)
     ]
     _build(model, plans)
     removed = shrink_(model) if shrink else []

@@ -19,6 +19,7 @@ from ..blocks import (
     resolve_block_shape,
 )
 from ..matrix import BlockSparseMatrix
+from ..pruning.targets import is_among
 from .detect import detect_block_shape
 from .linear import FIELDS, SCALES, BlockSparseLinear
 from .report import LayerReport
@@ -81,6 +82,8 @@ class LayerPlan:
     def build(self, shared: dict[int, BlockSparseLinear]) -> BlockSparseLinear:
         """The packed layer; weights shared between linears stay shared."""
         if self.packed is not None:
+            if self.report.dtype == "float32":
+                return self.packed
             weight: torch.Tensor = self.packed.weight_values
             layer = self.packed.quantize(self.report.input_scale or None)
         else:
@@ -132,15 +135,20 @@ def plan_packing(
     return plans
 
 
-def plan_int8(model: nn.Module, plans: list[LayerPlan]) -> list[LayerPlan]:
+def plan_int8(
+    model: nn.Module, plans: list[LayerPlan], float32: str | tuple[str, ...] = ()
+) -> list[LayerPlan]:
     """``plans`` with int8 weights, of more layers: those without zero blocks too, in
     the blocks of most others, where they stand in one ``nn.ModuleList`` with layers
-    that have some. Heads and poolers, which do not, stay float32."""
+    that have some. Heads and poolers, which do not, stay float32, and the modules that
+    ``float32`` names."""
     packed = [plan for plan in plans if plan.report.packed]
     stacks = {stack for plan in packed for stack in _stacks(model, plan.names)}
     usual = Counter(plan.report.block_shape for plan in packed).most_common(1)[0][0]
     return [
-        _as_int8(plan, usual if stacks & _stacks(model, plan.names) else None)
+        plan
+        if any(is_among(name, float32) for name in plan.names)
+        else _as_int8(plan, usual if stacks & _stacks(model, plan.names) else None)
         for plan in plans
     ]
 

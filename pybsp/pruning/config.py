@@ -105,10 +105,10 @@ class BlockPruningConfig:
         _check_fraction("target_sparsity", self.target_sparsity, below_one=True)
         _check_fraction("max_layer_sparsity", self.max_layer_sparsity)
         set_field(
-            self, "target_modules", _check_names("target_modules", self.target_modules)
+            self, "target_modules", check_names("target_modules", self.target_modules)
         )
         if self.exclude_modules is not None:
-            names = _check_names("exclude_modules", self.exclude_modules, empty=True)
+            names = check_names("exclude_modules", self.exclude_modules, empty=True)
             set_field(self, "exclude_modules", names)
         set_field(self, "phases", _check_phases(self.phases))
         _check_lambda(self)
@@ -204,9 +204,9 @@ def _check_fraction(name: str, value: Any, below_one: bool = False) -> None:
     )
 
 
-def _check_names(
-    name: str, value: object, empty: bool = False
-) -> str | tuple[str, ...]:
+def check_names(name: str, value: object, empty: bool = False) -> str | tuple[str, ...]:
+    """``value`` as one regular expression or a tuple of names; ``ValueError`` names the
+    option ``name``."""
     if isinstance(value, str):
         try:
             re.compile(value)

@@ -122,9 +122,15 @@ def _is_selected(name: str, cfg: BlockPruningConfig) -> bool:
     elif not any(name == end or name.endswith("." + end) for end in wanted):
         return False
     excluded = DEFAULT_EXCLUDED if cfg.exclude_modules is None else cfg.exclude_modules
-    if isinstance(excluded, str):
-        return not re.fullmatch(excluded, name)
-    return not any(f".{part}." in f".{name}." for part in excluded)
+    return not is_among(name, excluded)
+
+
+def is_among(name: str, modules: str | tuple[str, ...]) -> bool:
+    """Whether a regular expression, or one of several runs of dotted components, names
+    this module."""
+    if isinstance(modules, str):
+        return re.fullmatch(modules, name) is not None
+    return any(f".{part}." in f".{name}." for part in modules)
 
 
 def _weights_outside_linears(model: nn.Module) -> dict[int, str]:

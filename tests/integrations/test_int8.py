@@ -156,6 +156,30 @@ def test_a_model_is_quantized_after_it_was_loaded_in_float32(tmp_path):
     assert torch.equal(logits(again), logits(loaded))
 
 
+@pytest.mark.parametrize("form", ["packed", "dense"])
+def test_both_types_in_one_model(form, tmp_path):
+    model = build("bert", "ForSequenceClassification")
+    mixed = packed(model, dtype="int8", float32_modules=["layer.0.output.dense"])
+    assert not mixed.get_submodule(LAYER).is_int8
+    pybsp.save_packed(mixed, tmp_path)
+    if form == "dense":
+        (tmp_path / PACKED_FILE).unlink()
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["quantization_config"]["min_gain"] = 0.0
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    assert record_in(tmp_path)["float32_modules"] == [LAYER]
+    for loaded in (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path),
+        AutoModel.from_pretrained(tmp_path),
+    ):
+        assert len(int8_layers(loaded)) == 11
+        layer = loaded.base_model.encoder.layer[0].output.dense
+        assert isinstance(layer, BlockSparseLinear)
+        assert not layer.is_int8
+        loaded.save_pretrained(tmp_path / "again")
+        assert len(record_in(tmp_path / "again")["float32_modules"]) == 1
+
+
 def test_float32_files_stay_of_their_version(tmp_path):
     file = pybsp.save_packed(build("bert"), tmp_path)
     assert header(file)[VERSION_KEY] == "2"
@@ -279,6 +303,8 @@ def test_a_newer_version_is_named(tmp_path):
         ("input_scales", [1], "maps names to numbers"),
         ("input_scales", {LAYER: "1"}, "maps names to numbers"),
         ("input_scales", {LAYER: -1.0}, "input_scale must be"),
+        ("float32_modules", [3], "lists names of layers"),
+        ("float32_modules", LAYER, "lists names of layers"),
     ],
 )
 def test_a_wrong_record_is_named(entry, value, message, tmp_path):

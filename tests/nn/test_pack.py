@@ -373,6 +373,14 @@ def test_int8_input_scales_from_calibration_or_known():
         ({"calibration": {"7": 0.1}}, ValueError, "'7', which is no linear layer"),
         ({"calibration": {"0": -0.1}}, ValueError, "input_scale must be"),
         ({"calibration": []}, ValueError, "no batches"),
+        (
+            {"dtype": "float32", "float32_modules": ["0"]},
+            ValueError,
+            "for dtype='int8'",
+        ),
+        ({"float32_modules": ["x"]}, ValueError, "matches no linear layer"),
+        ({"float32_modules": 3}, ValueError, "regular expression or a list"),
+        ({"float32_modules": "("}, ValueError, "not a regular expression"),
     ],
 )
 def test_wrong_calibration_is_one_line_and_changes_nothing(options, error, message):
@@ -381,3 +389,19 @@ def test_wrong_calibration_is_one_line_and_changes_nothing(options, error, messa
         pack_(model, **{"dtype": "int8", "min_gain": 0, **options})
     assert "\n" not in str(caught.value)
     assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("modules", [["layers.0"], "layers.[0]", ("0",)])
+@pytest.mark.parametrize("before", [False, True])
+def test_named_layers_stay_float32(modules, before):
+    model, x = stacked_model(), torch.randn(9, 32)
+    if before:
+        pack_(model, min_gain=0)
+    report = pack_(model, dtype="int8", min_gain=0, float32_modules=modules)
+    kinds = [getattr(layer, "is_int8", None) for layer in model.layers]
+    assert kinds == [False, True, True]
+    assert [line.dtype for line in report.layers[:3]] == ["float32", "int8", "int8"]
+    assert report.layers[0].packed
+    with torch.no_grad():
+        exact = stacked_model()(x)
+        assert_near(model(x), exact)
