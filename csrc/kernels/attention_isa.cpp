@@ -179,15 +179,26 @@ void add_some_values(int64_t rows, const Context& context, int64_t d) {
 
 // scores[key][query] += log2(e) bias[query - key] for the keys of one run.
 template <int kVectors>
-void add_bias(const float* bias, int64_t distance, int64_t keys, float* scores) {
-  for (int64_t key = 0; key < keys; ++key) {
-    const float* at = bias + distance - key;
+void add_bias(const AttentionPiece& piece, const KeyRun& run, float* scores) {
+  constexpr int64_t kWidth = kVectors * kLanes;
+  const int64_t first = piece.positions[0], last = piece.positions[piece.count - 1];
+  // Else tokens between the queries are left out.
+  const bool adjacent = last - first == piece.count - 1;
+  alignas(64) float gathered[kWidth] = {};
+  for (int64_t key = 0; key < run.count; ++key) {
+    const float* bias = piece.bias + (first - run.positions[key]);
+    if (!adjacent) {
+      for (int64_t i = 0; i < piece.count; ++i) {
+        gathered[i] = bias[piece.positions[i] - first];
+      }
+      bias = gathered;
+    }
     PYBSP_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       float* const score = scores + v * kLanes;
-      store(score, fma(load(at + v * kLanes), set1(kLog2E), load(score)));
+      store(score, fma(load(bias + v * kLanes), set1(kLog2E), load(score)));
     }
-    scores += kVectors * kLanes;
+    scores += kWidth;
   }
 }
 
@@ -278,9 +289,7 @@ void attend(const AttentionPiece& piece) {
       score_some_keys<kVectors>(left < kRows ? left : kRows, run->keys + key,
                                 run->stride, queries, head_dim, at + key * kWidth);
     }
-    if (piece.bias) {
-      add_bias<kVectors>(piece.bias, piece.position - run->position, run->count, at);
-    }
+    if (piece.bias) add_bias<kVectors>(piece, *run, at);
     keys += run->count;
   }
   Vec total[kVectors];
