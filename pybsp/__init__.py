@@ -21,9 +21,11 @@ from .pruning import (
     BlockPruningConfig,
     preserve_sparsity,
     print_sparsity,
+    prune_one_shot,
 )
 
 if TYPE_CHECKING:
+    from .integrations.distillation import DistillationConfig
     from .integrations.trainer import BlockPruningCallback
     from .integrations.transformers import save_packed
 
@@ -32,6 +34,7 @@ __version__ = _version("pybsp")
 # These need transformers, which takes a second to import: loaded on first use.
 _LAZY = {
     "BlockPruningCallback": "pybsp.integrations.trainer",
+    "DistillationConfig": "pybsp.integrations.distillation",
     "save_packed": "pybsp.integrations.transformers",
 }
 
@@ -41,6 +44,7 @@ __all__ = [
     "BlockPruningConfig",
     "BlockShapeReport",
     "BlockSparseMatrix",
+    "DistillationConfig",
     "PackReport",
     "block_sparse_linear",
     "nn",
@@ -48,6 +52,7 @@ __all__ = [
     "pack_",
     "preserve_sparsity",
     "print_sparsity",
+    "prune_one_shot",
     "reference",
     "save_packed",
     "show_config",
