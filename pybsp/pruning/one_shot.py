@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -67,8 +70,7 @@ def prune_one_shot(
         masks: dict[str, torch.Tensor] = {}
         for pool in groups:
             masks.update(select_masks(costs, pool, cfg.max_layer_sparsity))
-        for stage in stages:
-            _refit_stage(model, dense, stage, targets, masks, inputs)
+        _refit_all(model, dense, stages, targets, masks, inputs)
     finally:
         model.train(was_training)
     return record_block_shapes(model, targets.values(), cfg.block_shape)
@@ -99,27 +101,94 @@ def _costs(
     return costs
 
 
-def _refit_stage(
+def _refit_all(
     model: nn.Module,
     dense: nn.Module,
-    stage: Stage,
+    stages: Sequence[Stage],
     targets: Mapping[str, Target],
     masks: Mapping[str, torch.Tensor],
     batches: Sequence[Any],
 ) -> None:
-    moments = InputMoments()
-    for batch in batches:
-        moments.add(
-            _inputs(dense, stage[:1], batch)[0], _inputs(model, stage[:1], batch)[0]
-        )
-    for name in stage:
-        layer, target = model.get_submodule(name), targets[name]
-        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-        bias: torch.Tensor | None = layer.bias  # type: ignore[assignment]
-        fitted, shifted = refit(weight, bias, masks[name], target.block_shape, moments)
-        weight.copy_(fitted)
-        if bias is not None and shifted is not None:
-            bias.copy_(shifted)
+    """Fit stage after stage, each on inputs from the stages fitted before it."""
+
+    def fit(stage: int, inputs: Sequence[torch.Tensor]) -> None:
+        moments = InputMoments()
+        half = len(batches)
+        for of_dense, of_pruned in zip(inputs[:half], inputs[half:], strict=True):
+            moments.add(of_dense, of_pruned)
+        for name in stages[stage]:
+            layer, shape = model.get_submodule(name), targets[name].block_shape
+            weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+            bias: torch.Tensor | None = layer.bias  # type: ignore[assignment]
+            fitted, shifted = refit(weight, bias, masks[name], shape, moments)
+            weight.copy_(fitted)
+            if bias is not None and shifted is not None:
+                bias.copy_(shifted)
+
+    runs = [(m, batch) for m in (dense, model) for batch in batches]
+    _in_lockstep(runs, [stage[0] for stage in stages], fit)
+
+
+def _in_lockstep(
+    runs: Sequence[tuple[nn.Module, Any]],
+    names: Sequence[str],
+    meet: Callable[[int, Sequence[torch.Tensor]], None],
+) -> None:
+    """Run the forwards side by side, each waiting at every module of ``names`` until
+    all are there; then ``meet(number, inputs of all)`` is called, before any goes on.
+
+    One forward instead of one for each module: a thread holds each, and one runs at a
+    time.
+    """
+    turn = threading.Lock()
+    own = threading.local()
+    inputs: list[torch.Tensor] = [torch.empty(0)] * len(runs)
+    numbers = itertools.count()
+
+    @torch.no_grad()
+    def all_are_there() -> None:
+        meet(next(numbers), inputs)
+
+    barrier = threading.Barrier(len(runs), all_are_there)
+
+    def see(name: str, x: torch.Tensor) -> None:
+        if own.left[0] != name:
+            raise ValueError(
+                f"'{name}' runs before '{own.left[0]}' in one of the batches, and after"
+                " it in the first; such models are pruned while they train"
+            )
+        own.left.pop(0)
+        inputs[own.index] = _tokens(x, runs[own.index][1])
+        turn.release()
+        try:
+            barrier.wait()
+        finally:
+            turn.acquire()
+        if not own.left:
+            raise _AllSeen
+
+    @torch.no_grad()
+    def run(index: int) -> None:
+        own.index, own.left = index, list(names)
+        with turn:
+            try:
+                with suppress(_AllSeen):
+                    _call(*runs[index])
+            except BaseException:
+                barrier.abort()
+                raise
+
+    with ExitStack() as watching, ThreadPoolExecutor(len(runs)) as threads:
+        for model in {id(model): model for model, _ in runs}.values():
+            watching.enter_context(_watched(model, names, see))
+        errors = [
+            f.exception() for f in [threads.submit(run, i) for i in range(len(runs))]
+        ]
+    broken = [error for error in errors if error is not None]
+    for error in sorted(
+        broken, key=lambda e: isinstance(e, threading.BrokenBarrierError)
+    ):
+        raise error
 
 
 class _AllSeen(Exception):
@@ -128,19 +197,23 @@ class _AllSeen(Exception):
 
 def _inputs(model: nn.Module, names: Sequence[str], batch: Any) -> list[torch.Tensor]:
     """Inputs ``(tokens, in)`` of the modules, padding left out."""
-    kept = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     found: dict[str, torch.Tensor] = {}
 
     def see(name: str, x: torch.Tensor) -> None:
-        if kept is not None and kept.shape == x.shape[:-1]:
-            x = x[kept.bool()]
-        found[name] = x.reshape(-1, x.shape[-1])
+        found[name] = _tokens(x, batch)
         if len(found) == len(names):
             raise _AllSeen
 
     with _watched(model, names, see), suppress(_AllSeen):
         _call(model, batch)
     return [found[name] for name in names]
+
+
+def _tokens(x: torch.Tensor, batch: Any) -> torch.Tensor:
+    kept = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if kept is not None and kept.shape == x.shape[:-1]:
+        x = x[kept.bool()]
+    return x.reshape(-1, x.shape[-1])
 
 
 def _stages(model: nn.Module, names: Sequence[str], batch: Any) -> list[Stage]:

@@ -1,7 +1,7 @@
 """Layer-wise reconstruction: which blocks to remove, and what the others become.
 
-A layer ``y = W x + b`` gets a sparse ``W'`` that gives nearly the same outputs on inputs
-that were seen. With the covariance ``H`` of these inputs the error is::
+A layer ``y = W x + b`` gets a sparse ``W'`` that gives nearly the same outputs on
+inputs that were seen. With the covariance ``H`` of these inputs the error is::
 
     E(W') = trace((W' - W) H (W' - W)^T)
 
@@ -39,11 +39,15 @@ class InputMoments:
 
     def add(self, dense: torch.Tensor, pruned: torch.Tensor) -> None:
         """Add tokens ``(n, in)``; the same tokens in both models."""
-        dense, pruned = dense.double(), pruned.double()
-        sums = [dense.sum(0), pruned.sum(0), pruned.T @ pruned, dense.T @ pruned]
+        dense, pruned = dense.float(), pruned.float()
+        square = pruned.T @ pruned
+        cross = square if dense is pruned else dense.T @ pruned
+        sums = [dense.double().sum(0), pruned.double().sum(0), square, cross]
         self.count += dense.shape[0]
+        # Products of a batch in float32, their sum over batches in float64.
         self._sums = [
-            old + new for old, new in zip(self._sums or [0.0] * 4, sums, strict=True)
+            old + new.double()
+            for old, new in zip(self._sums or [0.0] * 4, sums, strict=True)
         ]
 
     @property
@@ -106,57 +110,62 @@ def _costs_of_rows(
 ) -> torch.Tensor:
     """Costs ``(g, in/c)`` of ``g`` rows of blocks ``(g, r, in)``."""
     groups, _, width = rows.shape
-    rows, inverse = rows.clone(), inverse.expand(groups, width, width).clone()
-    blocks = width // cols
-    costs = rows.new_zeros(groups, blocks)
-    alive = torch.ones(groups, blocks, dtype=torch.bool, device=rows.device)
+    left = torch.arange(width // cols, device=rows.device).expand(groups, -1)
+    inverse = inverse.expand(groups, width, width)
+    costs = rows.new_zeros(left.shape)
     floor = rows.new_zeros(groups, 1)
-    left = blocks
-    while left:
-        now = min(left, math.ceil(ROUND * left))
-        current = _costs_now(rows, inverse, alive, cols)
-        found, chosen = current.topk(now, largest=False)
-        found = torch.maximum(found, floor)
+    while True:
+        now = math.ceil(ROUND * left.shape[1])
+        found, order = _costs_now(rows, inverse, cols).sort(1)
+        found = torch.maximum(found[:, :now], floor)
         floor = found.amax(1, keepdim=True)
-        costs.scatter_(1, chosen, found)
-        alive.scatter_(1, chosen, False)
-        left -= now
-        if left:
-            offsets = torch.arange(cols, device=rows.device)
-            columns = (chosen.unsqueeze(2) * cols + offsets).flatten(1)
-            _remove_(rows, inverse, columns)
-    return costs
+        costs.scatter_(1, left.gather(1, order[:, :now]), found)
+        if now == left.shape[1]:
+            return costs
+        left = left.gather(1, order[:, now:])
+        rows, inverse = _without(
+            rows,
+            inverse,
+            _columns(order[:, :now], cols),
+            _columns(order[:, now:], cols),
+        )
 
 
-def _costs_now(
-    rows: torch.Tensor, inverse: torch.Tensor, alive: torch.Tensor, cols: int
-) -> torch.Tensor:
+def _columns(blocks: torch.Tensor, cols: int) -> torch.Tensor:
+    offsets = torch.arange(cols, device=blocks.device)
+    return (blocks.unsqueeze(2) * cols + offsets).flatten(1)
+
+
+def _costs_now(rows: torch.Tensor, inverse: torch.Tensor, cols: int) -> torch.Tensor:
+    """Costs ``(g, n)`` of removing one of ``n`` blocks."""
     groups, height, width = rows.shape
     if cols == 1:
         diagonal = inverse.diagonal(dim1=1, dim2=2)
-        costs = rows.square().sum(1) / diagonal.clamp_min(1e-30)
-    else:
-        blocks = width // cols
-        grid = inverse.view(groups, blocks, cols, blocks, cols)
-        squares = grid.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).clone()
-        eye = torch.eye(cols, dtype=rows.dtype, device=rows.device)
-        squares[~alive] = eye
-        parts = rows.view(groups, height, blocks, cols).permute(0, 2, 3, 1)
-        solved = torch.linalg.solve(squares, parts)
-        costs = (parts * solved).sum((2, 3))
-    return costs.masked_fill(~alive, math.inf)
+        return rows.square().sum(1) / diagonal.clamp_min(1e-30)
+    blocks = width // cols
+    grid = inverse.reshape(groups, blocks, cols, blocks, cols)
+    squares = grid.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    parts = rows.view(groups, height, blocks, cols).permute(0, 2, 3, 1)
+    return (parts * torch.linalg.solve(squares, parts)).sum((2, 3))
 
 
-def _remove_(rows: torch.Tensor, inverse: torch.Tensor, columns: torch.Tensor) -> None:
-    """Set ``columns`` ``(g, k)`` to zero, with the other columns making up for it."""
-    _, height, width = rows.shape
-    taken = inverse.gather(1, columns.unsqueeze(2).expand(-1, -1, width))
-    square = taken.gather(2, columns.unsqueeze(1).expand(-1, columns.shape[1], -1))
-    share = torch.linalg.solve(square, taken)
-    picked = columns.unsqueeze(1).expand(-1, height, -1)
-    rows.baddbmm_(rows.gather(2, picked), share, alpha=-1)
-    rows.scatter_(2, picked, 0.0)
-    inverse.baddbmm_(taken.transpose(1, 2), share, alpha=-1)
+def _without(
+    rows: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor, kept: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The columns ``kept`` of the rows, having made up for the columns ``gone``, and
+    the inverse covariance of the inputs that they have."""
+
+    def take(matrix: torch.Tensor, dim: int, columns: torch.Tensor) -> torch.Tensor:
+        shape = list(matrix.shape)
+        shape[dim] = columns.shape[1]
+        return matrix.gather(dim, columns.unsqueeze(3 - dim).expand(shape))
+
+    upper = take(inverse, 1, gone)
+    across = take(upper, 2, kept)
+    share = torch.linalg.solve(take(upper, 2, gone), across)
+    inverse = take(take(inverse, 1, kept), 2, kept)
+    inverse.baddbmm_(across.transpose(1, 2), share, alpha=-1)
+    return take(rows, 2, kept).baddbmm_(take(rows, 2, gone), share, alpha=-1), inverse
 
 
 def refit(

@@ -1,7 +1,8 @@
 """The pruner's state: what a valid one looks like, and its file.
 
 The file is safetensors: ``factors.<module>`` and ``saliency.<module>`` float32 and
-``masks.<module>`` uint8 tensors of the block grids, everything else as JSON in the header's metadata.
+``masks.<module>`` uint8 tensors of the block grids, everything else as JSON in the
+header's metadata.
 """
 
 from __future__ import annotations

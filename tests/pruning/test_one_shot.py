@@ -26,7 +26,9 @@ class Network(nn.Module):
         self.spare = nn.Linear(32, 32)
 
     def forward(
-        self, x: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,  # noqa: ARG002
     ) -> torch.Tensor:
         assert not self.training
         return self.last(self.first(x).relu() * self.gate(x).sigmoid())
@@ -79,8 +81,10 @@ def test_later_layers_make_up_for_earlier_ones() -> None:
     dense, model = Network(), Network()
     prune_one_shot(model, cfg, batches())
     before = error(model, dense)
-    last = config(exclude_modules=["spare"], overrides={"last": {"target_sparsity": 0.01}},
-                  target_sparsity=0.8)  # fmt: skip
+    last = config(
+        target_sparsity=0.8,
+        overrides={"last": {"target_sparsity": 0.01}},
+    )
     whole = Network()
     prune_one_shot(whole, last, batches())
     assert error(whole, dense) < 0.9 * before
@@ -139,3 +143,18 @@ def test_refusals_change_nothing(settings: Any, inputs: Any, message: str) -> No
     assert model.training
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+class Turning(Network):
+    """Runs its layers in an order that depends on the input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [self.first, self.gate][:: 1 if x.shape[0] == 4 else -1]
+        return self.last(parts[0](x) * parts[1](x.tanh()))
+
+
+def test_an_order_that_changes_is_refused() -> None:
+    first, second = batches(2)
+    second["x"] = second["x"][:2]
+    with pytest.raises(ValueError, match="'gate' runs before 'first'"):
+        prune_one_shot(Turning(), config(), [first, second])
