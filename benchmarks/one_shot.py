@@ -1,7 +1,7 @@
 """Accuracy right after the cut, without any training: by norm, and by reconstruction.
 
 all-MiniLM-L6-v2, fine-tuned on a GLUE task, is cut to each sparsity by block norms
-alone and by ``prune_one_shot`` on training texts without their labels. The error is that
+alone and by ``prune_one_shot`` on training texts without labels. The error is that
 of the last hidden states on the dev texts, relative to their variance. The dense
 checkpoint is RUNS/<task>-dense, as ``python -m benchmarks.accuracy`` leaves it.
 
@@ -99,7 +99,7 @@ def main() -> None:
                 rows.append(
                     task.row(model, seconds, cut="one shot", texts=count, **how)
                 )
-    result.save(f"accuracy/one_shot-{arguments.task}", {"rows": rows})
+    result.save(f"accuracy/one_shot/{arguments.task}", {"rows": rows})
 
 
 if __name__ == "__main__":

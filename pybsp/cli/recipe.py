@@ -17,8 +17,8 @@ class Recipe:
     is cut by reconstruction first, on ``calibration`` training texts, and the run
     trains what is left. ``schedule`` of the learning rate there: ``"hold"`` keeps it up
     to the cut and then lets it fall to zero, ``"restart"`` plays the fall once up to
-    the cut and once after it, as two separate runs would. ``checkpoints`` are written per run, for
-    resuming; ``seconds`` is spent timing.
+    the cut and once after it, as two separate runs would. ``checkpoints`` are written
+    per run, for resuming; ``seconds`` is spent timing.
     """
 
     epochs_dense: float
