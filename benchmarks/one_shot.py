@@ -99,7 +99,9 @@ def main() -> None:
                 rows.append(
                     task.row(model, seconds, cut="one shot", texts=count, **how)
                 )
-    result.save(f"accuracy/one_shot/{arguments.task}", {"rows": rows})
+    metric = task.data.task.metrics[0]
+    record = {"task": arguments.task, "metric": metric, "rows": rows}
+    result.save(f"accuracy/one_shot/{arguments.task}", record)
 
 
 if __name__ == "__main__":

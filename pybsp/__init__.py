@@ -25,7 +25,7 @@ from .pruning import (
 )
 
 if TYPE_CHECKING:
-    from .integrations.distillation import DistillationConfig
+    from .integrations.distillation import DistillationConfig, Distiller
     from .integrations.trainer import BlockPruningCallback
     from .integrations.transformers import save_packed
 
@@ -35,6 +35,7 @@ __version__ = _version("pybsp")
 _LAZY = {
     "BlockPruningCallback": "pybsp.integrations.trainer",
     "DistillationConfig": "pybsp.integrations.distillation",
+    "Distiller": "pybsp.integrations.distillation",
     "save_packed": "pybsp.integrations.transformers",
 }
 
@@ -45,6 +46,7 @@ __all__ = [
     "BlockShapeReport",
     "BlockSparseMatrix",
     "DistillationConfig",
+    "Distiller",
     "PackReport",
     "block_sparse_linear",
     "nn",

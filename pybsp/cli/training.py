@@ -135,12 +135,10 @@ def batches(
     """Padded inputs of the model, without labels, in the order of ``features``."""
     collate = DataCollatorWithPadding(tokenizer)
     for start in range(0, len(features), batch_size):
-        yield collate(
-            [
-                {k: v for k, v in example.items() if k != "labels"}
-                for example in features[start : start + batch_size]
-            ]
-        ).data
+        examples = features[start : start + batch_size]
+        yield dict(
+            collate([{k: v for k, v in e.items() if k != "labels"} for e in examples])
+        )
 
 
 def fit(

@@ -16,7 +16,7 @@ that whatever loop trains it distils.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,7 +139,7 @@ class Distiller:
     ) -> Any:
         if not student.training:
             return None
-        if not isinstance(output, Mapping):
+        if not isinstance(output, MutableMapping):
             raise ValueError(
                 "distillation reads logits and hidden states by name; got "
                 f"{type(output).__name__}: leave return_dict on"

@@ -42,13 +42,13 @@ class InputMoments:
         dense, pruned = dense.float(), pruned.float()
         square = pruned.T @ pruned
         cross = square if dense is pruned else dense.T @ pruned
-        sums = [dense.double().sum(0), pruned.double().sum(0), square, cross]
-        self.count += dense.shape[0]
         # Products of a batch in float32, their sum over batches in float64.
-        self._sums = [
-            old + new.double()
-            for old, new in zip(self._sums or [0.0] * 4, sums, strict=True)
-        ]
+        sums = [dense.double().sum(0), pruned.double().sum(0)]
+        sums += [square.double(), cross.double()]
+        self.count += dense.shape[0]
+        if self._sums:
+            sums = [old + new for old, new in zip(self._sums, sums, strict=True)]
+        self._sums = sums
 
     @property
     def means(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +100,8 @@ def removal_costs(
     inverse = torch.linalg.inv(damped(covariance)).float()
     at_once = max(1, _WORKING_SET // inverse.numel())
     parts = [
-        _costs_of_rows(part, inverse, block_shape[1]) for part in rows.split(at_once)
+        _costs_of_rows(part, inverse, block_shape[1])
+        for part in torch.split(rows, at_once)
     ]
     return torch.cat(parts)
 
@@ -141,12 +142,12 @@ def _costs_now(rows: torch.Tensor, inverse: torch.Tensor, cols: int) -> torch.Te
     groups, height, width = rows.shape
     if cols == 1:
         diagonal = inverse.diagonal(dim1=1, dim2=2)
-        return rows.square().sum(1) / diagonal.clamp_min(1e-30)
+        return torch.sum(rows.square(), 1) / diagonal.clamp_min(1e-30)
     blocks = width // cols
     grid = inverse.reshape(groups, blocks, cols, blocks, cols)
     squares = grid.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
     parts = rows.view(groups, height, blocks, cols).permute(0, 2, 3, 1)
-    return (parts * torch.linalg.solve(squares, parts)).sum((2, 3))
+    return torch.sum(parts * torch.linalg.solve(squares, parts), (2, 3))
 
 
 def _without(
