@@ -26,8 +26,8 @@ from .pruning import (
 from .quantization import QuantizationAwareTraining
 
 if TYPE_CHECKING:
-    from .integrations.quantization import QuantizationCallback
     from .integrations.distillation import DistillationConfig, Distiller
+    from .integrations.quantization import QuantizationCallback
     from .integrations.trainer import BlockPruningCallback
     from .integrations.transformers import save_packed
 
