@@ -114,6 +114,7 @@ Schedule int8_schedule(const BlockSparseView& view) {
   limits.values *= 4;
   Schedule schedule;
   schedule.part_rows = split_rows(view, limits);
+  schedule.part_costs = costs_of_parts(view, schedule.part_rows);
   return schedule;
 }
 
