@@ -7,6 +7,7 @@ is not installed is absent from the dictionaries.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import tempfile
@@ -73,7 +74,25 @@ def dense_int8(x: torch.Tensor, layer: Layer) -> dict[str, Call]:
                 weight_type=QuantType.QInt8,
             )  # fmt: skip
             calls["onnxruntime int8 dynamic"] = onnxruntime_call(file.read_bytes(), x)
+    if find_spec("onnx") and find_spec("nncf"):
+        quantized = openvino_int8(onnx_linear(x, layer).SerializeToString(), x)
+        calls["openvino int8"] = openvino_call(quantized, x)
     return calls
+
+
+def openvino_int8(model: bytes, x: torch.Tensor) -> Any:
+    """An ONNX model in the 8 bits of NNCF for transformers, calibrated on ``x``."""
+    import nncf
+    import openvino
+
+    nncf.set_log_level(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return nncf.quantize(
+            openvino.Core().read_model(io.BytesIO(model)),
+            nncf.Dataset([{"x": x.numpy()}]),
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=1,
+        )
 
 
 def _no_advice(record: logging.LogRecord) -> bool:

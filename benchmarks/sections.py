@@ -11,12 +11,14 @@ from benchmarks import (
     cost_model,
     every_peer,
     few_tokens,
+    int8_linear,
     isa,
     kernel,
     threads,
     tokens,
     training_ops,
     whole_encoder,
+    whole_encoder_int8,
     work,
 )
 from benchmarks.section import Options, Section, every_column, reach
@@ -53,6 +55,8 @@ SECTIONS: tuple[Section, ...] = (
     block_sparse_linears.SECTION,
     every_peer.SECTION,
     whole_encoder.SECTION,
+    int8_linear.SECTION,
+    whole_encoder_int8.SECTION,
     few_tokens.SECTION,
     break_even.SECTION,
     work.SECTION,

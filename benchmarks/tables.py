@@ -216,9 +216,52 @@ def quantization() -> str:
     return markdown(["scales", *head], [[name, *row] for name, row in rows.items()])
 
 
+def one_shot() -> str:
+    """Cuts without training: by norm, and by reconstruction."""
+    rows = [
+        [
+            f"{run['task']} ({METRICS.get(run['metric'], run['metric'])})",
+            f"{row['sparsity']:.0%}" if "sparsity" in row else "",
+            row["cut"],
+            str(row.get("texts", "")),
+            f"{100 * row[run['metric']]:.1f}",
+            f"{row['error']:.2f}",
+            f"{row['seconds']:.0f}" if row["seconds"] else "",
+        ]
+        for run in load("accuracy/one_shot/*.json")
+        for row in run["rows"]
+    ]
+    head = ["task", "sparsity", "cut", "texts", "dev score", "error", "seconds"]
+    return markdown(head, rows)
+
+
+def recovery() -> str:
+    """Training after the cut or through it, with one option changed at a time."""
+    rows = [
+        [
+            f"{run['task']} ({METRICS.get(run['metric'], run['metric'])})",
+            run["name"],
+            f"{run['config']['target_sparsity']:.0%}",
+            f"{run['epochs']:g}",
+            *(
+                f"{100 * run['scores'][stage][run['metric']]:.1f}"
+                if stage in run["scores"]
+                else ""
+                for stage in ("dense", "one_shot", "final")
+            ),
+        ]
+        for run in load("accuracy/recovery/*.json")
+    ]
+    head = ["task", "variant", "sparsity", "epochs", "dense", "before training",
+            "after"]  # fmt: skip
+    return markdown(head, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "linear": linear,
+    "one_shot": one_shot,
+    "recovery": recovery,
     "hook": hook,
     "penalty": penalty,
     "quantization": quantization,

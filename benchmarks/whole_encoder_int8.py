@@ -4,8 +4,8 @@ The models, inputs and turns of ``benchmarks.whole_encoder``, packed with
 ``dtype="int8"``: integers for every linear layer of the encoder, scales for each token,
 attention and norms in float32. The 8-bit peers quantise the same dense weights: torch
 and ONNX Runtime dynamically, OpenVINO by NNCF for transformers, from the timed input.
-``over_floor`` is the time over that of the arithmetic alone, kept weights at the peak of
-8-bit products of vectors and attention at the multiply-add peak of the same run; AMX
+``over_floor`` is the time over that of the arithmetic alone, kept weights at the peak
+of 8-bit products of vectors and attention at the multiply-add peak of the same run; AMX
 does more products than vectors, OpenVINO's among them. ``error``: of the hidden states
 against float64, relative, by norms.
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import logging
 import tempfile
 import warnings
@@ -50,7 +49,7 @@ CASES = (
 #: A peer that computes the rest, attention above all, in bfloat16: shown, and not
 #: counted among those whose rest is float32 as ours.
 BFLOAT16 = "openvino int8, bfloat16"
-#: The largest relative error of hidden states that is rounding to 8 bits and no mistake.
+#: The largest relative error of hidden states that is rounding and no mistake.
 TOLERANCE = 0.1
 
 
@@ -96,7 +95,8 @@ def compare(
     dense = FromIds(model).eval()
     exported = onnx_bytes(dense, ids)
     packed = {
-        dtype: FromIds(pack(model, block, dtype)).eval() for dtype in ("int8", "float32")
+        dtype: FromIds(pack(model, block, dtype)).eval()
+        for dtype in ("int8", "float32")
     }
     float_calls = {"torch": lambda: dense(ids), **peers.onnx_calls(exported, ids)}
     int8_calls = dense_int8(model, exported, ids)
@@ -190,17 +190,7 @@ def dense_int8(model: Any, exported: bytes, ids: torch.Tensor) -> dict[str, peer
                 target.read_bytes(), ids
             )
     if find_spec("openvino") and find_spec("nncf"):
-        import nncf
-        import openvino
-
-        nncf.set_log_level(logging.ERROR)
-        with contextlib.redirect_stdout(io.StringIO()):
-            quantized = nncf.quantize(
-                openvino.Core().read_model(io.BytesIO(exported)),
-                nncf.Dataset([{"x": ids.numpy()}]),
-                model_type=nncf.ModelType.TRANSFORMER,
-                subset_size=1,
-            )
+        quantized = peers.openvino_int8(exported, ids)
         calls["openvino int8"] = peers.openvino_call(quantized, ids)
         calls[BFLOAT16] = peers.openvino_call(quantized, ids, "bf16")
     return calls

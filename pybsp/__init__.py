@@ -21,10 +21,12 @@ from .pruning import (
     BlockPruningConfig,
     preserve_sparsity,
     print_sparsity,
+    prune_one_shot,
 )
 from .quantization import QuantizationAwareTraining
 
 if TYPE_CHECKING:
+    from .integrations.distillation import DistillationConfig, Distiller
     from .integrations.quantization import QuantizationCallback
     from .integrations.trainer import BlockPruningCallback
     from .integrations.transformers import save_packed
@@ -35,6 +37,8 @@ __version__ = _version("pybsp")
 _LAZY = {
     "BlockPruningCallback": "pybsp.integrations.trainer",
     "QuantizationCallback": "pybsp.integrations.quantization",
+    "DistillationConfig": "pybsp.integrations.distillation",
+    "Distiller": "pybsp.integrations.distillation",
     "save_packed": "pybsp.integrations.transformers",
 }
 
@@ -44,6 +48,8 @@ __all__ = [
     "BlockPruningConfig",
     "BlockShapeReport",
     "BlockSparseMatrix",
+    "DistillationConfig",
+    "Distiller",
     "PackReport",
     "QuantizationAwareTraining",
     "QuantizationCallback",
@@ -53,6 +59,7 @@ __all__ = [
     "pack_",
     "preserve_sparsity",
     "print_sparsity",
+    "prune_one_shot",
     "quantization",
     "reference",
     "save_packed",

@@ -18,8 +18,9 @@ PACKAGE = ROOT / "pybsp"
 #: Fixed by the documentation: these must never go.
 PROMISED = {
     "BlockPruner", "BlockPruningCallback", "BlockPruningConfig", "BlockSparseMatrix",
-    "block_sparse_linear", "nn", "ops", "pack_", "preserve_sparsity", "print_sparsity",
-    "reference", "save_packed", "show_config", "suggest_block_shape",
+    "DistillationConfig", "Distiller", "block_sparse_linear", "nn", "ops", "pack_",
+    "preserve_sparsity", "print_sparsity", "prune_one_shot", "reference", "save_packed",
+    "show_config", "suggest_block_shape",
 }  # fmt: skip
 #: Sources whose tests are named after something else.
 TESTED_IN = {

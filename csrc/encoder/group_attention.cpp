@@ -154,25 +154,32 @@ void GroupRun::attend_head(const SelfAttention& attention, const QueryRun& piece
   const auto place = [&](int which, const TokenRun& run) {
     return at(in.qkv[which], tile_of(run), in.offsets[which] + feature) + run.lane;
   };
+  // Rows of the padded batch, which differ within a sequence as positions do.
+  const auto positions = [&](const TokenRun& run) {
+    return kept_.rows.data() + group_.first_token + tile_of(run).first + run.lane;
+  };
+  const int64_t* const queried = positions(queries);
   int64_t count = 0;
   for (size_t i = piece.first; i < piece.last; ++i) {
     const TokenRun& run = runs_[i];
-    int64_t skip = 0, keys = run.count;
+    const int64_t* first = positions(run);
+    const int64_t* last = first + run.count;
     if (attention.window >= 0) {
-      const int64_t low = queries.position - attention.window;
-      const int64_t high = queries.position + queries.count + attention.window;
-      skip = std::max<int64_t>(0, low - run.position);
-      keys = std::min<int64_t>(run.count, high - run.position) - skip;
-      if (keys <= 0) continue;
+      const int64_t low = queried[0] - attention.window;
+      const int64_t high = queried[queries.count - 1] + attention.window;
+      first = std::lower_bound(first, last, low);
+      last = std::upper_bound(first, last, high);
+      if (first == last) continue;
     }
-    runs[count++] = {place(1, run) + skip, place(2, run) + skip, stride(run), keys,
-                     run.position + skip};
+    const int64_t skip = first - positions(run);
+    runs[count++] = {place(1, run) + skip, place(2, run) + skip, stride(run),
+                     last - first, first};
   }
   AttentionPiece one{};
   one.queries = place(0, queries);
   one.stride = one.y_stride = stride(queries);
   one.count = queries.count;
-  one.position = queries.position;
+  one.positions = queried;
   one.runs = runs;
   one.num_runs = count;
   one.head_dim = attention.head_dim;

@@ -46,16 +46,10 @@ void GroupRun::share_tiles() {
 }
 
 void GroupRun::find_runs() {
-  const bool by_position = std::any_of(
-      encoder_.layers.begin(), encoder_.layers.end(), [](const EncoderLayer& layer) {
-        return layer.attention.window >= 0 || layer.attention.relative_bias;
-      });
   for (size_t i = group_.first; i < group_.last; ++i) {
     const Sequence& sequence = kept_.sequences[i];
     const size_t first = runs_.size();
-    append_runs(tiles_, sequence.first - group_.first_token,
-                kept_.rows.data() + sequence.first, sequence.tokens, input_.length,
-                by_position, runs_);
+    append_runs(tiles_, sequence.first - group_.first_token, sequence.tokens, runs_);
     for (size_t run = first; run < runs_.size(); ++run) {
       queries_.push_back({run, first, runs_.size()});
     }

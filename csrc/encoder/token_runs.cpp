@@ -33,20 +33,16 @@ std::vector<SequenceGroup> group_sequences(const KeptTokens& kept, int64_t token
   return groups;
 }
 
-void append_runs(const std::vector<TokenTile>& tiles, int64_t first,
-                 const int64_t* rows, int64_t tokens, int64_t length, bool by_position,
+void append_runs(const std::vector<TokenTile>& tiles, int64_t first, int64_t tokens,
                  std::vector<TokenRun>& runs) {
   size_t tile = 0;
   while (tiles[tile].first + tiles[tile].tokens <= first) ++tile;
   for (int64_t token = 0; token < tokens;) {
     const TokenTile& in = tiles[tile];
     const int64_t lane = first + token - in.first;
-    const int64_t most = std::min(tokens - token, in.tokens - lane);
-    int64_t count = by_position ? 1 : most;
-    while (count < most && rows[token + count] == rows[token] + count) ++count;
+    const int64_t count = std::min(tokens - token, in.tokens - lane);
     runs.push_back({static_cast<int32_t>(tile), static_cast<int32_t>(lane),
-                    static_cast<int32_t>(count),
-                    static_cast<int32_t>(rows[token] % length)});
+                    static_cast<int32_t>(count)});
     token += count;
     if (lane + count == in.tokens) ++tile;
   }

@@ -38,20 +38,16 @@ struct SequenceGroup {
 // Groups of about `tokens` tokens, one sequence at least.
 std::vector<SequenceGroup> group_sequences(const KeptTokens& kept, int64_t tokens);
 
-// Tokens with consecutive lanes of one tile, and consecutive positions in a sequence
-// where those are asked for.
+// Tokens of one sequence with consecutive lanes of one tile.
 struct TokenRun {
   int32_t tile;
   int32_t lane;
   int32_t count;
-  int32_t position;  // of the first token
 };
 
-// The runs of the sequence whose first token is the tiles' token `first`; `rows` of its
-// tokens, of which `length` make a sequence. `by_position`: a run ends where a token is
-// left out. Otherwise it goes on, for a mask of holes would make a run of each token.
-void append_runs(const std::vector<TokenTile>& tiles, int64_t first,
-                 const int64_t* rows, int64_t tokens, int64_t length, bool by_position,
+// The runs of the sequence of `tokens` tokens that begins with the tiles' token
+// `first`.
+void append_runs(const std::vector<TokenTile>& tiles, int64_t first, int64_t tokens,
                  std::vector<TokenRun>& runs);
 
 }  // namespace pybsp

@@ -14,31 +14,33 @@ namespace {
 // an integer n, which is then in its low bits.
 constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
 
-// e^a for a <= 0; zero under `lowest`, at least -87.3, where the result would no longer
-// be a normal float (so that no tail is left that a huge factor could lift). Cody-Waite
-// reduction a = n ln 2 + r, |r| <= ln 2 / 2, and a degree-6 polynomial fitted to e^r
-// with relative error 3e-9.
-inline Vec exp(Vec exponent, float lowest = -87.3f) {
-  const Vec a = max(exponent, set1(lowest));
-  const Vec shifted = fma(a, set1(1.44269504f), set1(kShift));
+// e^(factor a) <= 1, with a power of two, perhaps negative, for a factor. Zero where
+// the nearest power of two is under 2^lowest, lowest >= -125, so that no tail is left
+// that a huge factor could lift. Cody-Waite reduction factor a = n ln 2 + r, |r| <= ln
+// 2 / 2, and a degree-6 polynomial fitted to e^r with relative error 3e-9. What is far
+// below lowest is computed with the rest and then dropped.
+inline Vec exp(Vec a, float factor, float lowest) {
+  const float f = factor, f2 = f * f;  // all products with them are exact
+  const Vec shifted = fma(a, set1(1.44269504f * f), set1(kShift));
   const Vec n = sub(shifted, set1(kShift));
-  Vec r = fma(n, set1(-0.693359375f), a);
-  r = fma(n, set1(2.12194440e-4f), r);
-  Vec p = set1(0.001381393987685442f);
-  p = fma(p, r, set1(0.008368910290300846f));
-  p = fma(p, r, set1(0.04166841434128978f));
-  p = fma(p, r, set1(0.1666651964187622f));
-  p = fma(p, r, set1(0.4999999403953552f));
-  const Vec e = fma(mul(r, r), p, add(r, set1(1.0f)));
-  return select_gt(set1(lowest), exponent, zero(), scale_by_pow2(e, shifted));
+  Vec r = fma(n, set1(-0.693359375f / f), a);
+  r = fma(n, set1(2.12194440e-4f / f), r);
+  Vec p = set1(0.001381393987685442f * f2 * f2 * f2);
+  p = fma(p, r, set1(0.008368910290300846f * f2 * f2 * f));
+  p = fma(p, r, set1(0.04166841434128978f * f2 * f2));
+  p = fma(p, r, set1(0.1666651964187622f * f2 * f));
+  p = fma(p, r, set1(0.4999999403953552f * f2));
+  p = fma(p, r, set1(f));
+  p = fma(p, r, set1(1.0f));
+  return scale_by_pow2(p, n, shifted, set1(kShift + lowest));
 }
 
-// 2^a for a <= 0; zero under -126. A polynomial of degree 6 fitted to 2^r, |r| <= 1/2,
-// with relative error 2e-9. NaN stays NaN.
-inline Vec exp2(Vec exponent) {
-  const Vec lowest = set1(-126.0f), a = max(lowest, exponent);
-  const Vec shifted = add(a, set1(kShift));
-  const Vec r = sub(a, sub(shifted, set1(kShift)));
+// 2^(a + shift - kShift) under 2^22; zero under 2^-125.5. shift as for fraction(), and
+// a polynomial of degree 6 fitted to 2^r, |r| <= 1/2, with relative error 2e-9. NaN
+// stays NaN.
+inline Vec exp2(Vec a, Vec shift) {
+  const Vec shifted = add(a, shift);
+  const Vec r = fraction(a, shifted, shift);
   Vec p = set1(1.535336196e-4f);
   p = fma(p, r, set1(1.339887502e-3f));
   p = fma(p, r, set1(9.618436918e-3f));
@@ -46,31 +48,30 @@ inline Vec exp2(Vec exponent) {
   p = fma(p, r, set1(2.402264774e-1f));
   p = fma(p, r, set1(6.931471825e-1f));
   p = fma(p, r, set1(1.0f));
-  return select_gt(lowest, exponent, zero(), scale_by_pow2(p, shifted));
+  return scale_by_pow2(p, sub(shifted, set1(kShift)), shifted, set1(kShift - 125.0f));
 }
 
 // 1 / (1 + e^-a) for a > 0 and e^a / (1 + e^a) otherwise: nothing overflows.
 inline Vec sigmoid(Vec a) {
-  const Vec e = exp(min(a, sub(zero(), a)));
+  const Vec e = exp(abs(a), -1.0f, -125.0f);
   return div(select_gt(a, zero(), set1(1.0f), e), add(set1(1.0f), e));
 }
 
-// x Phi(x) with the normal tail 1 - Phi(z) = e^{-z^2/2} t Q(t), t = 1 / (1 + 0.21 z),
-// z = |x|; Q of degree 8 fitted on z in [0, 14] with relative error 2e-8. The tail is
+// x Phi(x) with the normal tail 1 - Phi(z) = e^{-z^2/2} t Q(t), t = 1 / (1 + 0.305 z),
+// z = |x|; Q of degree 7 fitted on z in [0, 13] with relative error 1e-7. The tail is
 // formed by multiplication alone, so negative x lose no digits to 1 + erf(x).
 inline Vec gelu(Vec x) {
-  Vec z = max(x, sub(zero(), x));
-  Vec t = div(set1(1.0f), fma(z, set1(0.21f), set1(1.0f)));
-  const float coefficients[] = {0.2836235761642456f,  -0.33032768964767456f,
-                                0.34948867559432983f, -0.09398797154426575f,
-                                0.12490062415599823f, 0.06918466091156006f,
-                                0.08506997674703598f, 0.08371150493621826f};
-  Vec q = set1(-0.07166333496570587f);
+  const Vec t = div(set1(1.0f), fma(abs(x), set1(0.305f), set1(1.0f)));
+  const float coefficients[] = {-0.15298430621623993f, 0.18571026623249054f,
+                                -0.03797098621726036f, 0.12101873010396957f,
+                                0.10342171788215637f,  0.12246669083833694f,
+                                0.12163974344730377f};
+  Vec q = set1(0.03669818863272667f);
   for (float c : coefficients) q = fma(q, t, set1(c));
   // Zero from z = 12.8 on, before the product with q t is a denormal, which CPUs take a
   // hundred cycles for.
-  Vec tail = mul(mul(q, t), exp(mul(mul(z, z), set1(-0.5f)), -82.0f));
-  Vec probability = select_gt(x, zero(), sub(set1(1.0f), tail), tail);
+  const Vec tail = rounded(mul(mul(q, t), exp(rounded(mul(x, x)), -0.5f, -118.0f)));
+  const Vec probability = select_gt(x, zero(), sub(set1(1.0f), tail), tail);
   return mul(x, probability);
 }
 

@@ -3,7 +3,7 @@
 //
 // Queries, keys and values lie in token tiles, [feature of the head][token]. The tokens
 // of a sequence need not begin or end where a tile does: they come in runs, tokens with
-// consecutive lanes of one tile and consecutive positions in the sequence. A query is a
+// consecutive lanes of one tile. A query is a
 // lane of the product with the keys and a row of it a key, so that softmax reduces over
 // rows and a key or value is a broadcast scalar, as weights are in block_sparse_gemm.h.
 //
@@ -21,20 +21,20 @@ struct KeyRun {
   const float* values;
   int64_t stride;
   int64_t count;
-  int64_t position;  // of the first token
+  const int64_t* positions;  // of the tokens, ascending; only differences count
 };
 
 struct AttentionPiece {
   const float* queries;  // as KeyRun::keys
   int64_t stride;
-  int64_t count;     // 1 to lanes x max_vectors
-  int64_t position;  // of the first query
+  int64_t count;             // 1 to lanes x max_vectors
+  const int64_t* positions;  // of the queries, as KeyRun::positions
   const KeyRun* runs;
   int64_t num_runs;  // with at least one key
   int64_t head_dim;
   float scale;
   // bias[query position - key position], readable for max_vectors x lanes - 1 more than
-  // the largest of them; or null. -infinity hides a key.
+  // the largest of them; or null: positions are not read. -infinity hides a key.
   const float* bias;
   // attention_scratch floats, 64-byte aligned; overlaps nothing.
   float* scratch;

@@ -94,139 +94,226 @@ void score_some_keys(int64_t rows, const float* keys, int64_t stride,
   PYBSP_WITH_ROWS(rows, score_keys, keys, stride, queries, head_dim, scores)
 }
 
-// sums[d][query] += sum over j of values[d][j] * weights[j][query] for kRows features.
+// Where the sums over some of the keys come from and go to.
+struct Context {
+  const KeyRun* runs;  // those keys
+  const KeyRun* end;
+  const float* weights;  // [key][query], of the first of them
+  bool first;            // of all keys: begins the sums
+  float* sums;           // [feature][query], unless the keys are the last
+  float* y;              // or null; then [feature][query] with y_stride
+  int64_t y_stride;
+  int last;  // queries in the last vector of y
+  const float* scale;
+};
+
+// sums[d][query] += sum over j of values[d][j] * weights[j][query] for kRows features
+// from `d` on; with the last keys y = scale sums instead.
 template <int kRows, int kVectors>
-void add_values(const float* values, int64_t stride, int64_t count,
-                const float* weights, float* sums) {
+void add_values(const Context& context, int64_t d) {
   constexpr int64_t kWidth = kVectors * kLanes;
-  const float* w[kRows];
+  const float* weights = context.weights;
+  float* const sums = context.sums + d * kWidth;
   Vec acc[kRows][kVectors];
   PYBSP_UNROLL
   for (int row = 0; row < kRows; ++row) {
-    w[row] = values + row * stride;
     PYBSP_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      acc[row][v] = load(sums + row * kWidth + v * kLanes);
+      acc[row][v] = context.first ? zero() : load(sums + row * kWidth + v * kLanes);
     }
   }
-  for (int64_t j = 0; j < count; ++j) {
-    Vec in[kVectors];
+  for (const KeyRun* run = context.runs; run != context.end; ++run) {
+    const float* values[kRows];
     PYBSP_UNROLL
-    for (int v = 0; v < kVectors; ++v) in[v] = load(weights + v * kLanes);
+    for (int row = 0; row < kRows; ++row)
+      values[row] = run->values + (d + row) * run->stride;
+    for (int64_t j = 0; j < run->count; ++j) {
+      Vec in[kVectors];
+      PYBSP_UNROLL
+      for (int v = 0; v < kVectors; ++v) in[v] = load(weights + v * kLanes);
+      PYBSP_UNROLL
+      for (int row = 0; row < kRows; ++row) {
+        const Vec value = set1(values[row][j]);
+        PYBSP_UNROLL
+        for (int v = 0; v < kVectors; ++v) {
+          acc[row][v] = fma(value, in[v], acc[row][v]);
+        }
+      }
+      weights += kWidth;
+    }
+  }
+  if (!context.y) {
     PYBSP_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      const Vec value = set1(w[row][j]);
       PYBSP_UNROLL
-      for (int v = 0; v < kVectors; ++v) acc[row][v] = fma(value, in[v], acc[row][v]);
+      for (int v = 0; v < kVectors; ++v) {
+        store(sums + row * kWidth + v * kLanes, acc[row][v]);
+      }
     }
-    weights += kWidth;
+    return;
   }
   PYBSP_UNROLL
-  for (int row = 0; row < kRows; ++row) {
+  for (int v = 0; v < kVectors; ++v) {
+    const Vec scale = load(context.scale + v * kLanes);
+    float* y = context.y + d * context.y_stride + v * kLanes;
+    const bool whole = v + 1 < kVectors || context.last == kLanes;
     PYBSP_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      store(sums + row * kWidth + v * kLanes, acc[row][v]);
+    for (int row = 0; row < kRows; ++row) {
+      const Vec a = mul(acc[row][v], scale);
+      if (whole) {
+        store(y, a);
+      } else {
+        store(y, a, context.last);
+      }
+      y += context.y_stride;
     }
   }
 }
 
 template <int kVectors>
-void add_some_values(int64_t rows, const float* values, int64_t stride, int64_t count,
-                     const float* weights, float* sums) {
-  PYBSP_WITH_ROWS(rows, add_values, values, stride, count, weights, sums)
+void add_some_values(int64_t rows, const Context& context, int64_t d) {
+  PYBSP_WITH_ROWS(rows, add_values, context, d)
 }
 
 #undef PYBSP_WITH_ROWS
 
 // scores[key][query] += log2(e) bias[query - key] for the keys of one run.
 template <int kVectors>
-void add_bias(const float* bias, int64_t distance, int64_t keys, float* scores) {
-  for (int64_t key = 0; key < keys; ++key) {
-    const float* at = bias + distance - key;
+void add_bias(const AttentionPiece& piece, const KeyRun& run, float* scores) {
+  constexpr int64_t kWidth = kVectors * kLanes;
+  const int64_t first = piece.positions[0], last = piece.positions[piece.count - 1];
+  // Else tokens between the queries are left out.
+  const bool adjacent = last - first == piece.count - 1;
+  alignas(64) float gathered[kWidth] = {};
+  for (int64_t key = 0; key < run.count; ++key) {
+    const float* bias = piece.bias + (first - run.positions[key]);
+    if (!adjacent) {
+      for (int64_t i = 0; i < piece.count; ++i) {
+        gathered[i] = bias[piece.positions[i] - first];
+      }
+      bias = gathered;
+    }
     PYBSP_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       float* const score = scores + v * kLanes;
-      store(score, fma(load(at + v * kLanes), set1(kLog2E), load(score)));
+      store(score, fma(load(bias + v * kLanes), set1(kLog2E), load(score)));
     }
-    scores += kVectors * kLanes;
+    scores += kWidth;
   }
 }
 
-// scores[key] = 2^(scores[key] - max); total = their sum over keys.
+// The largest score of each query.
+template <int kVectors>
+void find_largest(const float* scores, int64_t keys, Vec (&largest)[kVectors]) {
+  constexpr int64_t kWidth = kVectors * kLanes;
+  Vec odd[kVectors];  // of every other key: two chains
+  PYBSP_UNROLL
+  for (int v = 0; v < kVectors; ++v) odd[v] = largest[v] = load(scores + v * kLanes);
+  int64_t key = 1;
+  for (; key + 1 < keys; key += 2) {
+    const float* const at = scores + key * kWidth;
+    PYBSP_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      odd[v] = max(odd[v], load(at + v * kLanes));
+      largest[v] = max(largest[v], load(at + kWidth + v * kLanes));
+    }
+  }
+  PYBSP_UNROLL
+  for (int v = 0; v < kVectors; ++v) {
+    if (key < keys) odd[v] = max(odd[v], load(scores + key * kWidth + v * kLanes));
+    largest[v] = max(largest[v], odd[v]);
+  }
+}
+
+// scores[key] = 2^(scores[key] - max), but for a factor of up to two that all keys of a
+// query share: what is subtracted is the even integer nearest to max, which costs
+// nothing where a number is split into integer and fraction. total = their sum.
 template <int kVectors>
 void exponentials(float* scores, int64_t keys, Vec (&total)[kVectors]) {
   constexpr int64_t kWidth = kVectors * kLanes;
-  Vec largest[kVectors];
+  Vec largest[kVectors], shift[kVectors];
+  find_largest<kVectors>(scores, keys, largest);
   PYBSP_UNROLL
   for (int v = 0; v < kVectors; ++v) {
-    largest[v] = load(scores + v * kLanes);
-    total[v] = zero();
-  }
-  for (int64_t key = 1; key < keys; ++key) {
-    PYBSP_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      largest[v] = max(largest[v], load(scores + key * kWidth + v * kLanes));
+    const Vec half = sub(fma(largest[v], set1(0.5f), set1(kShift)), set1(kShift));
+    shift[v] = sub(set1(kShift), add(half, half));
+    // Past 2^21, infinities and NaN among them, floats have too few bits for that.
+    const Vec is_small =
+        select_gt(set1(2097152.0f), abs(largest[v]), set1(1.0f), zero());
+    const Vec is_large = sub(set1(1.0f), is_small);
+    if (any_bit(is_large)) {
+      const Vec by = select_gt(is_large, zero(), largest[v], zero());
+      shift[v] = select_gt(is_large, zero(), set1(kShift), shift[v]);
+      for (int64_t key = 0; key < keys; ++key) {
+        float* const at = scores + key * kWidth + v * kLanes;
+        store(at, sub(load(at), by));
+      }
     }
+    total[v] = zero();
   }
   for (int64_t key = 0; key < keys; ++key) {
     PYBSP_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       float* const at = scores + key * kWidth + v * kLanes;
-      const Vec e = exp2(sub(load(at), largest[v]));
+      const Vec e = exp2(load(at), shift[v]);
       store(at, e);
       total[v] = add(total[v], e);
     }
   }
 }
 
+// Runs from `run` on whose weights fit L1 beside the values of a few features.
+const KeyRun* runs_in_cache(const KeyRun* run, const KeyRun* end, int64_t width) {
+  constexpr int64_t kFloats = 8192;
+  int64_t keys = run->count;
+  for (++run; run != end && (keys + run->count) * width <= kFloats; ++run) {
+    keys += run->count;
+  }
+  return run;
+}
+
 template <int kVectors>
 void attend(const AttentionPiece& piece) {
   constexpr int64_t kWidth = kVectors * kLanes, kRows = kTileRows<kVectors>;
   const int64_t head_dim = piece.head_dim;
+  const KeyRun* const end = piece.runs + piece.num_runs;
   float* const queries = piece.scratch;
   float* const sums = queries + head_dim * kWidth;
   float* const scores = sums + head_dim * kWidth;
   pack_queries<kVectors>(piece, queries);
   int64_t keys = 0;
-  for (const KeyRun* run = piece.runs; run != piece.runs + piece.num_runs; ++run) {
+  for (const KeyRun* run = piece.runs; run != end; ++run) {
     float* const at = scores + keys * kWidth;
     for (int64_t key = 0; key < run->count; key += kRows) {
       const int64_t left = run->count - key;
       score_some_keys<kVectors>(left < kRows ? left : kRows, run->keys + key,
                                 run->stride, queries, head_dim, at + key * kWidth);
     }
-    if (piece.bias) {
-      add_bias<kVectors>(piece.bias, piece.position - run->position, run->count, at);
-    }
+    if (piece.bias) add_bias<kVectors>(piece, *run, at);
     keys += run->count;
   }
   Vec total[kVectors];
   exponentials<kVectors>(scores, keys, total);
-  for (int64_t i = 0; i < head_dim * kVectors; ++i) store(sums + i * kLanes, zero());
-  keys = 0;
-  for (const KeyRun* run = piece.runs; run != piece.runs + piece.num_runs; ++run) {
+  float* const scale = queries;  // which are no longer used
+  for (int v = 0; v < kVectors; ++v) {
+    store(scale + v * kLanes, div(set1(1.0f), total[v]));
+  }
+  Context context{};
+  context.weights = scores;
+  context.sums = sums;
+  context.y_stride = piece.y_stride;
+  context.last = static_cast<int>(piece.count - (kVectors - 1) * kLanes);
+  context.scale = scale;
+  for (const KeyRun* run = piece.runs; run != end; run = context.end) {
+    context.runs = run;
+    context.end = runs_in_cache(run, end, kWidth);
+    context.first = run == piece.runs;
+    context.y = context.end == end ? piece.y : nullptr;
     for (int64_t d = 0; d < head_dim; d += kRows) {
       const int64_t left = head_dim - d;
-      add_some_values<kVectors>(left < kRows ? left : kRows,
-                                run->values + d * run->stride, run->stride, run->count,
-                                scores + keys * kWidth, sums + d * kWidth);
+      add_some_values<kVectors>(left < kRows ? left : kRows, context, d);
     }
-    keys += run->count;
-  }
-  PYBSP_UNROLL
-  for (int v = 0; v < kVectors; ++v) total[v] = div(set1(1.0f), total[v]);
-  const int last = static_cast<int>(piece.count - (kVectors - 1) * kLanes);
-  for (int64_t d = 0; d < head_dim; ++d) {
-    float* const out = piece.y + d * piece.y_stride;
-    PYBSP_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      const Vec a = mul(load(sums + d * kWidth + v * kLanes), total[v]);
-      if (v + 1 < kVectors || last == kLanes) {
-        store(out + v * kLanes, a);
-      } else {
-        store(out + v * kLanes, a, last);
-      }
-    }
+    for (; run != context.end; ++run) context.weights += run->count * kWidth;
   }
 }
 

@@ -40,7 +40,7 @@ void prefetch_rows(const float* y, int64_t tokens, int64_t rows, int64_t stride)
   }
 }
 
-// A part of a product's schedule and its cost in multiply-adds of one token.
+// A part of a product's schedule.
 struct Part {
   const Product* product;
   int64_t index;
@@ -63,14 +63,11 @@ std::vector<Part> list_parts(const Product* products, int64_t count) {
   std::vector<Part> parts;
   int64_t before = 0;
   for (const Product* product = products; product != products + count; ++product) {
-    const BlockSparseView& weight = product->weight;
-    const std::vector<int32_t>& rows = product->schedule->part_rows;
+    const Schedule& schedule = *product->schedule;
+    const std::vector<int32_t>& rows = schedule.part_rows;
+    parts.reserve(parts.size() + schedule.part_costs.size());
     for (size_t p = 0; p + 1 < rows.size(); ++p) {
-      const int64_t blocks =
-          weight.crow_indices[rows[p + 1]] - weight.crow_indices[rows[p]];
-      // Storing and transposing an output costs about eight multiply-adds.
-      const int64_t cost = (blocks * weight.block_cols + (rows[p + 1] - rows[p]) * 8) *
-                           weight.block_rows;
+      const int64_t cost = schedule.part_costs[p];
       parts.push_back(
           {product, static_cast<int64_t>(p), rows[p], rows[p + 1], cost, before});
       before += cost;

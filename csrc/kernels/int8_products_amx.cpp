@@ -31,11 +31,26 @@ void configure(int64_t rows) {
   _tile_loadconfig(&config);
 }
 
-// The inputs of 16 quads, of which `quads` exist, for each vector: inputs + v *
-// kInputBytes.
+// Where the inputs of 16 quads lie, and bytes from quad to quad and from vector to
+// vector.
+struct TileInputs {
+  const int8_t* first;
+  int64_t quad_step;
+  int64_t vector_step;
+
+  const int8_t* vector(int v) const { return first + v * vector_step; }
+};
+
+// The inputs of 16 quads, of which `quads` exist, brought together in `inputs` unless
+// they are neighbours.
 template <int kVectors>
-inline void gather(const Int8Products& products, const uint16_t* columns, int64_t quads,
-                   int8_t* inputs) {
+inline TileInputs gather(const Int8Products& products, const uint16_t* columns,
+                         int64_t quads, int8_t* inputs) {
+  if (products.weights.consecutive && quads >= kQuads &&
+      columns[kQuads - 1] - columns[0] == kQuads - 1) {
+    return {products.bytes + int64_t{columns[0]} * (kVectors * kVectorBytes),
+            kVectors * kVectorBytes, kVectorBytes};
+  }
   for (int64_t q = 0; q < kQuads; ++q) {
     Bytes quad[kVectors];
     // Past the last quad any inputs meet weights of zero.
@@ -59,6 +74,7 @@ inline void gather(const Int8Products& products, const uint16_t* columns, int64_
       store_bytes(inputs + v * kInputBytes + q * kVectorBytes, quad[v]);
     }
   }
+  return {inputs, kVectorBytes, kInputBytes};
 }
 
 // The products of `rows` outputs from `tile` on, up to 32 in two groups of at most 16.
@@ -82,41 +98,42 @@ void multiply_outputs(const Int8Products& products, const Int8Tile& tile,
   // Inputs are gathered a step ahead: a tile is loaded from the cache, not from stores
   // that are still on their way.
   int64_t quads = tile.quads;
-  if (quads > 0) gather<kVectors>(products, columns, quads, inputs[0]);
-  for (int turn = 0; quads > 0; turn ^= 1) {
-    const int8_t* const in = inputs[turn];
+  TileInputs next{};
+  if (quads > 0) next = gather<kVectors>(products, columns, quads, inputs[0]);
+  for (int turn = 1; quads > 0; turn ^= 1) {
+    const TileInputs in = next;
     quads -= kQuads;
     columns += kQuads * step;
-    if (quads > 0) gather<kVectors>(products, columns, quads, inputs[turn ^ 1]);
+    if (quads > 0) next = gather<kVectors>(products, columns, quads, inputs[turn]);
     for (int64_t row = 0; row < rows; ++row) {
       __builtin_prefetch(w + row * stride + kWeightsAhead);
     }
     _tile_loadd(6, w, stride);
-    _tile_loadd(7, in, kVectorBytes);
+    _tile_loadd(7, in.first, in.quad_step);
     _tile_dpbsud(0, 6, 7);
     if constexpr (kTwo) {
       // Each tile of inputs meets both groups of outputs; the weights are read again.
       _tile_loadd(6, w + second, stride);
       _tile_dpbsud(3, 6, 7);
       if constexpr (kVectors >= 2) {
-        _tile_loadd(7, in + kInputBytes, kVectorBytes);
+        _tile_loadd(7, in.vector(1), in.quad_step);
         _tile_dpbsud(4, 6, 7);
         _tile_loadd(6, w, stride);
         _tile_dpbsud(1, 6, 7);
       }
       if constexpr (kVectors >= 3) {
-        _tile_loadd(7, in + 2 * kInputBytes, kVectorBytes);
+        _tile_loadd(7, in.vector(2), in.quad_step);
         _tile_dpbsud(2, 6, 7);
         _tile_loadd(6, w + second, stride);
         _tile_dpbsud(5, 6, 7);
       }
     } else {
       if constexpr (kVectors >= 2) {
-        _tile_loadd(7, in + kInputBytes, kVectorBytes);
+        _tile_loadd(7, in.vector(1), in.quad_step);
         _tile_dpbsud(1, 6, 7);
       }
       if constexpr (kVectors >= 3) {
-        _tile_loadd(7, in + 2 * kInputBytes, kVectorBytes);
+        _tile_loadd(7, in.vector(2), in.quad_step);
         _tile_dpbsud(2, 6, 7);
       }
     }

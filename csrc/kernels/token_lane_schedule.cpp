@@ -77,12 +77,26 @@ void append_column_tiles(const BlockSparseView& view, int32_t first, int32_t las
   }
 }
 
+std::vector<int64_t> costs_of_parts(const BlockSparseView& view,
+                                    const std::vector<int32_t>& rows) {
+  std::vector<int64_t> costs;
+  for (size_t part = 0; part + 1 < rows.size(); ++part) {
+    const int64_t blocks =
+        view.crow_indices[rows[part + 1]] - view.crow_indices[rows[part]];
+    // Storing and transposing an output costs about eight multiply-adds.
+    costs.push_back((blocks * view.block_cols + (rows[part + 1] - rows[part]) * 8) *
+                    view.block_rows);
+  }
+  return costs;
+}
+
 }  // namespace
 
 Schedule token_lane_schedule(const BlockSparseView& view) {
   Schedule schedule;
   schedule.by_column = view.block_rows == 1 && view.block_cols >= kMinColumnRun;
   schedule.part_rows = split_rows(view, part_limits(view, schedule.by_column));
+  schedule.part_costs = costs_of_parts(view, schedule.part_rows);
   if (schedule.by_column) {
     schedule.part_tiles.push_back(0);
     schedule.tile_ptr.push_back(0);
@@ -100,6 +114,7 @@ Schedule int8_schedule(const BlockSparseView& view) {
   limits.values *= 4;
   Schedule schedule;
   schedule.part_rows = split_rows(view, limits);
+  schedule.part_costs = costs_of_parts(view, schedule.part_rows);
   return schedule;
 }
 

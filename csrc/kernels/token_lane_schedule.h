@@ -21,7 +21,8 @@ namespace pybsp {
 
 struct Schedule {
   bool by_column = false;
-  std::vector<int32_t> part_rows;  // (num_parts + 1) boundaries in block rows
+  std::vector<int32_t> part_rows;   // (num_parts + 1) boundaries in block rows
+  std::vector<int64_t> part_costs;  // (num_parts) in multiply-adds of one token
   // By column only:
   std::vector<int32_t> part_tiles;  // (num_parts + 1) boundaries in tiles
   std::vector<int32_t> tile_ptr;    // (num_tiles + 1) boundaries in the two below

@@ -40,14 +40,23 @@ inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec abs(Vec a) { return _mm256_andnot_ps(set1(-0.0f), a); }
 // a > b ? x : y
 inline Vec select_gt(Vec a, Vec b, Vec x, Vec y) {
   return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
 }
-// a 2^n for n in [-126, 127], a and a 2^n normal; shifted is n + 1.5 * 2^23.
-inline Vec scale_by_pow2(Vec a, Vec shifted) {
+// shifted < lowest ? 0 : a 2^n; where not 0, n in [-126, 127], a and a 2^n are normal.
+// shifted is n + 1.5 * 2^23.
+inline Vec scale_by_pow2(Vec a, Vec, Vec shifted, Vec lowest) {
   const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
-  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), n));
+  const __m256i scaled = _mm256_add_epi32(_mm256_castps_si256(a), n);
+  return _mm256_and_ps(_mm256_castsi256_ps(scaled),
+                       _mm256_cmp_ps(shifted, lowest, _CMP_NLT_UQ));
+}
+// a less the nearest integer, for |a| < 2^22. shifted is a + shift, and shift an even
+// integer with which the sum has no bits for a fraction.
+inline Vec fraction(Vec a, Vec shifted, Vec shift) {
+  return sub(a, sub(shifted, shift));
 }
 inline float reduce_add(Vec a) {
   __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

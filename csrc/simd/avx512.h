@@ -39,15 +39,20 @@ inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec abs(Vec a) { return _mm512_abs_ps(a); }
 // a > b ? x : y
 inline Vec select_gt(Vec a, Vec b, Vec x, Vec y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x);
 }
-// a 2^n for n in [-126, 127], a and a 2^n normal; shifted is n + 1.5 * 2^23.
-inline Vec scale_by_pow2(Vec a, Vec shifted) {
-  const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
-  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), n));
+// shifted < lowest ? 0 : a 2^n; where not 0, n in [-126, 127], a and a 2^n are normal.
+// shifted is n + 1.5 * 2^23.
+inline Vec scale_by_pow2(Vec a, Vec n, Vec shifted, Vec lowest) {
+  const __mmask16 kept = _mm512_cmp_ps_mask(shifted, lowest, _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(kept, a, n);
 }
+// a less the nearest integer, for |a| < 2^22. shifted is a + shift, and shift an even
+// integer with which the sum has no bits for a fraction.
+inline Vec fraction(Vec a, Vec, Vec) { return _mm512_reduce_ps(a, 0); }
 inline float reduce_add(Vec a) {
   __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
   __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));

@@ -47,6 +47,7 @@ inline Vec sub(Vec a, Vec b) { return a - b; }
 inline Vec mul(Vec a, Vec b) { return a * b; }
 inline Vec div(Vec a, Vec b) { return a / b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec abs(Vec a) { return (Vec)((Ints)a & 0x7fffffff); }
 // a > b ? x : y
 inline Vec select_gt(Vec a, Vec b, Vec x, Vec y) {
   Ints mask = a > b;
@@ -55,10 +56,14 @@ inline Vec select_gt(Vec a, Vec b, Vec x, Vec y) {
 // b where either operand is NaN, as on the other instruction sets.
 inline Vec min(Vec a, Vec b) { return select_gt(b, a, a, b); }
 inline Vec max(Vec a, Vec b) { return select_gt(a, b, a, b); }
-// a 2^n for n in [-126, 127], a and a 2^n normal; shifted is n + 1.5 * 2^23.
-inline Vec scale_by_pow2(Vec a, Vec shifted) {
-  return (Vec)((Words)a + ((Words)shifted << 23));
+// shifted < lowest ? 0 : a 2^n; where not 0, n in [-126, 127], a and a 2^n are normal.
+// shifted is n + 1.5 * 2^23.
+inline Vec scale_by_pow2(Vec a, Vec, Vec shifted, Vec lowest) {
+  return (Vec)(((Words)a + ((Words)shifted << 23)) & ~(Words)(shifted < lowest));
 }
+// a less the nearest integer, for |a| < 2^22. shifted is a + shift, and shift an even
+// integer with which the sum has no bits for a fraction.
+inline Vec fraction(Vec a, Vec shifted, Vec shift) { return a - (shifted - shift); }
 inline float reduce_add(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 inline void transpose(Vec (&a)[kLanes]) {
   for (int i = 0; i < kLanes; ++i) {

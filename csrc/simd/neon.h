@@ -40,6 +40,7 @@ inline Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
 inline Vec sub(Vec a, Vec b) { return vsubq_f32(a, b); }
 inline Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
 inline Vec div(Vec a, Vec b) { return vdivq_f32(a, b); }
+inline Vec abs(Vec a) { return vabsq_f32(a); }
 // a > b ? x : y
 inline Vec select_gt(Vec a, Vec b, Vec x, Vec y) {
   return vbslq_f32(vcgtq_f32(a, b), x, y);
@@ -50,10 +51,17 @@ inline Vec max(Vec a, Vec b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 // One fmla: this file is compiled with -ffp-contract=fast. GCC 12 takes vfmaq_f32 for a
 // call that may touch memory and stores all accumulators in every iteration.
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-// a 2^n for n in [-126, 127], a and a 2^n normal; shifted is n + 1.5 * 2^23.
-inline Vec scale_by_pow2(Vec a, Vec shifted) {
-  const int32x4_t n = vshlq_n_s32(vreinterpretq_s32_f32(shifted), 23);
-  return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), n));
+// shifted < lowest ? 0 : a 2^n; where not 0, n in [-126, 127], a and a 2^n are normal.
+// shifted is n + 1.5 * 2^23.
+inline Vec scale_by_pow2(Vec a, Vec, Vec shifted, Vec lowest) {
+  const uint32x4_t n = vshlq_n_u32(vreinterpretq_u32_f32(shifted), 23);
+  const uint32x4_t scaled = vaddq_u32(vreinterpretq_u32_f32(a), n);
+  return vreinterpretq_f32_u32(vbicq_u32(scaled, vcltq_f32(shifted, lowest)));
+}
+// a less the nearest integer, for |a| < 2^22. shifted is a + shift, and shift an even
+// integer with which the sum has no bits for a fraction.
+inline Vec fraction(Vec a, Vec shifted, Vec shift) {
+  return vsubq_f32(a, vsubq_f32(shifted, shift));
 }
 inline float reduce_add(Vec a) { return vaddvq_f32(a); }
 inline void transpose(Vec (&a)[kLanes]) {

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from .. import ops
 from ..integrations.trainer import BlockPruningCallback
+from ..pruning import BlockPruner
 from .reporting import norm_histogram
 from .workspace import Workspace
 
@@ -33,7 +34,8 @@ class WatchCut(TrainerCallback):
         self.score = score
 
     def on_train_begin(self, *event: Any, **_details: Any) -> None:
-        if event[1].global_step == 0:
+        pruner = self.pruning.pruner
+        if pruner and event[1].global_step == 0 and not pruner.at_target:
             self._record_norms("fine_tuned")
 
     def on_step_begin(self, *event: Any, **_details: Any) -> None:
@@ -54,10 +56,15 @@ class WatchCut(TrainerCallback):
     def _record_norms(self, when: str) -> None:
         pruner = self.pruning.pruner
         assert pruner is not None
-        norms, sizes = {}, {}
-        for name, target in pruner.targets.items():
-            weight = pruner.model.get_parameter(f"{name}.weight").detach()
-            norms[name] = ops.block_norms(weight, target.block_shape)
-            sizes[name] = target.block_size
-        known = self.workspace.stages.get(NORMS, {})
-        self.workspace.record(NORMS, {**known, when: norm_histogram(norms, sizes)})
+        record_norms(self.workspace, pruner, when)
+
+
+def record_norms(workspace: Workspace, pruner: BlockPruner, when: str) -> None:
+    """The histogram of the block norms that the pruner's model has now."""
+    norms, sizes = {}, {}
+    for name, target in pruner.targets.items():
+        weight = pruner.model.get_parameter(f"{name}.weight").detach()
+        norms[name] = ops.block_norms(weight, target.block_shape)
+        sizes[name] = target.block_size
+    known = workspace.stages.get(NORMS, {})
+    workspace.record(NORMS, {**known, when: norm_histogram(norms, sizes)})

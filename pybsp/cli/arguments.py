@@ -35,6 +35,14 @@ def positive_number(text: str) -> float:
     return value
 
 
+def nonnegative_number(text: str) -> float:
+    """A finite number of at least 0."""
+    value = _number(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"must be a number >= 0; got {text!r}")
+    return value
+
+
 def fraction(text: str) -> float:
     """A number strictly between 0 and 1, or 1."""
     value = _number(text)

@@ -8,6 +8,7 @@ time; write the folder.
 from __future__ import annotations
 
 import copy
+import random
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -15,25 +16,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
+from ..integrations.distillation import DistillationConfig
 from ..integrations.trainer import STATE_NAME, BlockPruningCallback
-from ..pruning import BlockPruner, BlockPruningConfig, model_sparsity
+from ..nn import unpack_
+from ..pruning import (
+    BlockPruner,
+    BlockPruningConfig,
+    model_sparsity,
+    prune_one_shot,
+)
 from . import environment, measurement, metrics, reporting
-from .after_cut import AFTER_CUT, NORMS, WatchCut
-from .distillation import DistillingTrainer, add_teacher_logits
+from .after_cut import AFTER_CUT, NORMS, WatchCut, record_norms
 from .errors import WorkError
 from .glue import TaskData
 from .model_card import model_card
 from .models import load_classifier, name_labels
 from .recipe import Recipe, Subject
-from .training import TRAINER_STATE, Features, Fit, encode, fit, predict
+from .training import (
+    TRAINER_STATE,
+    Features,
+    Fit,
+    batches,
+    by_length,
+    encode,
+    fit,
+    predict,
+)
 from .workspace import RESULTS, Workspace, copy_folder, write_json
 
 PICTURE = "kept_blocks.png"
 HISTOGRAM = "block_norms.png"
 #: Dev examples on which the packed model is compared with the dense one.
 COMPARED = 256
+#: Bytes for the teacher's outputs.
+TEACHER_CACHE = 1 << 30
 
 
 class Experiment:
@@ -111,10 +129,14 @@ class Experiment:
             self.workspace.once(
                 "magnitude_cut", lambda: self.magnitude_cut(model, tokenizer)
             )
-            features, options = self.pruning_features(model, tokenizer)
+            features = self.encode(tokenizer, train=True)
             pruning = BlockPruningCallback(
-                self.config, restart_learning_rate=self.recipe.schedule == "restart"
+                self.config,
+                **self.distillation(dense),
+                restart_learning_rate=self.recipe.schedule == "restart",
             )
+            if self.recipe.one_shot:
+                model = self.one_shot(model, tokenizer, features)
             torch.manual_seed(self.recipe.seed)
             fit(
                 model, features, tokenizer, self.fit_settings("pruning"),
@@ -125,7 +147,7 @@ class Experiment:
                         pruning, self.workspace, lambda m: self.score(m, tokenizer)
                     ),
                 ],
-                whole=(TRAINER_STATE, STATE_NAME), **options,
+                whole=(TRAINER_STATE, STATE_NAME),
             )  # fmt: skip
             model.add_model_tags(["pybsp", "block-sparse"])
             self.workspace.write_folder(
@@ -194,17 +216,48 @@ class Experiment:
         logits = predict(model, self.encode(tokenizer, train=False), tokenizer)
         return metrics.score(self.data.task.metrics, self.data.dev.labels, logits)
 
-    def pruning_features(
-        self, model: PreTrainedModel, tokenizer: Any
-    ) -> tuple[Features, dict[str, Any]]:
-        features = self.encode(tokenizer, train=True)
-        if not self.recipe.distill:
-            return features, {"trainer_class": Trainer}
-        taught = add_teacher_logits(features, model, tokenizer)
-        return taught, {
-            "trainer_class": DistillingTrainer,
-            "weight": self.recipe.distill,
+    def distillation(self, dense: Path) -> dict[str, Any]:
+        """What the callback is told of the teacher."""
+        recipe = self.recipe
+        if not (recipe.distill or recipe.distill_hidden):
+            return {}
+        teacher, _ = load_classifier(str(dense), self.data.task.outputs)
+        return {
+            "teacher": teacher,
+            "distillation": DistillationConfig(
+                logits=recipe.distill,
+                hidden_states=recipe.distill_hidden,
+                cache_bytes=TEACHER_CACHE,
+            ),
         }
+
+    def one_shot(
+        self, model: PreTrainedModel, tokenizer: Any, features: Features
+    ) -> PreTrainedModel:
+        """The model cut by reconstruction, and what it is worth before any training."""
+        folder = self.workspace.folder / "one_shot"
+
+        def work() -> dict[str, Any]:
+            pruner = BlockPruner(model, self.config, total_steps=1000)
+            record_norms(self.workspace, pruner, "fine_tuned")
+            texts = random.Random(self.recipe.seed).sample(
+                features, min(self.recipe.calibration, len(features))
+            )
+            texts = [texts[row] for row in by_length(texts)]
+            prune_one_shot(model, self.config, batches(texts, tokenizer))
+            self.workspace.write_folder(
+                "one_shot",
+                lambda part: (
+                    model.save_pretrained(part),
+                    tokenizer.save_pretrained(part),
+                ),
+            )
+            return {"scores": self.score(model, tokenizer), "step": 0}
+
+        self.workspace.once(AFTER_CUT, work)
+        cut, _ = load_classifier(str(folder), self.data.task.outputs)
+        unpack_(cut)
+        return cut  # type: ignore[no-any-return]
 
     def fit_settings(self, run: str) -> Fit:
         recipe = self.recipe

@@ -35,6 +35,7 @@ NOT_RESULTS = (
 
 def run(arguments: argparse.Namespace) -> Result:
     config = pruning_config(arguments)
+    check_one_shot(arguments, config)
     options = run_options(arguments, config)
     out = arguments.out or default_out(arguments, config)
 
@@ -77,7 +78,7 @@ def pruning_config(arguments: argparse.Namespace) -> BlockPruningConfig:
 
     named = (
         "method", "penalty", "scope", "ramp", "ranking", "reg_lambda", "phases",
-        "max_layer_sparsity", "block_shape",
+        "max_layer_sparsity", "block_shape", "saliency",
     )  # fmt: skip
     chosen = {
         name: getattr(arguments, name)
@@ -88,13 +89,34 @@ def pruning_config(arguments: argparse.Namespace) -> BlockPruningConfig:
     try:
         if arguments.paper:
             return BlockPruningConfig.paper(**chosen)
+        if arguments.one_shot:
+            return BlockPruningConfig(**{**ONE_SHOT, **chosen})
         return BlockPruningConfig(**{**DEFAULTS, **chosen})
     except ValueError as error:
         raise UsageError(str(error)) from None
 
 
+def check_one_shot(arguments: argparse.Namespace, config: BlockPruningConfig) -> None:
+    """``UsageError`` for a cut at the start of a run that is to prune as it goes."""
+    if not arguments.one_shot:
+        return
+    if arguments.paper:
+        raise UsageError("--one-shot and --paper are two ways to prune: choose one")
+    if config.phases[0] or config.phases[1]:
+        raise UsageError(
+            "--one-shot cuts before the first step; leave --phases out, or give 0,0,1"
+        )
+
+
 #: What differs from the library's defaults: these do better in a few epochs.
 DEFAULTS: dict[str, Any] = {"ramp": "cubic", "phases": (0.0, 0.4, 0.6)}
+
+#: What follows a cut by reconstruction: training on the kept blocks alone.
+ONE_SHOT: dict[str, Any] = {
+    "method": "magnitude",
+    "phases": (0.0, 0.0, 1.0),
+    "packed_retraining": True,
+}
 
 
 def recipe(arguments: argparse.Namespace) -> Recipe:
@@ -109,6 +131,8 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
         max_length=arguments.max_length,
         seed=arguments.seed,
         distill=arguments.distill,
+        distill_hidden=arguments.distill_hidden,
+        one_shot=arguments.one_shot,
         schedule=arguments.schedule or ("restart" if arguments.paper else "hold"),
         seconds=arguments.seconds,
         onnx=not arguments.no_onnx,

@@ -11,6 +11,7 @@ from .arguments import (
     fraction,
     fractions,
     lambda_value,
+    nonnegative_number,
     positive_int,
     positive_number,
     share,
@@ -84,12 +85,19 @@ def add_method(group: Any) -> None:
         help="the published form of the method (Li et al. 2020) in place of the "
         "defaults below; options given here still count",
     )
+    group.add_argument(
+        "--one-shot",
+        action="store_true",
+        help="cut the dense model first, fitting the kept blocks to its hidden states, "
+        "and spend the whole run on training those",
+    )
     for name, text in (
         ("method", "penalty on block norms"),
         ("penalty", "how the penalty enters an update"),
         ("scope", "rank blocks of all layers together, or layer by layer"),
         ("ramp", "cut once, or in steps"),
-        ("ranking", "score by which blocks are compared"),
+        ("ranking", "scale on which block norms are compared"),
+        ("saliency", "what says which blocks matter: norms, or gradients on the way"),
     ):
         group.add_argument(f"--{name}", choices=CHOICES[name], help=text)
     group.add_argument(
@@ -116,8 +124,16 @@ def add_method(group: Any) -> None:
         type=share,
         default=0.5,
         metavar="W",
-        help="weight of the dense model's outputs in the loss while pruning; 0 turns "
-        "distillation off (default: %(default)s)",
+        help="weight of the dense model's logits in the loss while pruning; the labels "
+        "have the rest (default: %(default)s)",
+    )
+    group.add_argument(
+        "--distill-hidden",
+        type=nonnegative_number,
+        default=0.0,
+        metavar="H",
+        help="weight of the dense model's hidden states in the loss (default: "
+        "%(default)s)",
     )
 
 

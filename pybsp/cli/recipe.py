@@ -12,11 +12,13 @@ from typing import Any
 class Recipe:
     """How the two runs train and what is measured; the same optimizer for both.
 
-    ``distill`` is the weight of the dense model's outputs in the loss of the pruning
-    run. ``schedule`` of the learning rate there: ``"hold"`` keeps it up to the cut and
-    then lets it fall to zero, ``"restart"`` plays the fall once up to the cut and once
-    after it, as two separate runs would. ``checkpoints`` are written per run, for
-    resuming; ``seconds`` is spent timing.
+    ``distill`` is the weight of the dense model's logits in the loss of the pruning
+    run, ``distill_hidden`` that of its hidden states. With ``one_shot`` the dense model
+    is cut by reconstruction first, on ``calibration`` training texts, and the run
+    trains what is left. ``schedule`` of the learning rate there: ``"hold"`` keeps it up
+    to the cut and then lets it fall to zero, ``"restart"`` plays the fall once up to
+    the cut and once after it, as two separate runs would. ``checkpoints`` are written
+    per run, for resuming; ``seconds`` is spent timing.
     """
 
     epochs_dense: float
@@ -27,6 +29,9 @@ class Recipe:
     max_length: int
     seed: int
     distill: float
+    distill_hidden: float = 0.0
+    one_shot: bool = False
+    calibration: int = 1024
     schedule: str = "hold"
     checkpoints: int = 6
     sequence: int = 128

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -107,23 +107,13 @@ def predict(
 
     Batches hold examples of like length. The mode of ``model`` is restored.
     """
-    collate = DataCollatorWithPadding(tokenizer)
-    order = sorted(
-        range(len(features)), key=lambda row: len(features[row]["input_ids"])
-    )
+    order = by_length(features)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     found: list[NDArray[np.float32]] = []
     with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            batch = collate(
-                [
-                    {k: v for k, v in features[row].items() if k != "labels"}
-                    for row in rows
-                ]
-            )
+        for batch in batches([features[row] for row in order], tokenizer, batch_size):
             inputs = {name: value.to(device) for name, value in batch.items()}
             logits = model(**inputs).logits
             found.append(logits.float().cpu().numpy())
@@ -134,6 +124,23 @@ def predict(
     return in_order
 
 
+def by_length(features: Features) -> list[int]:
+    """Numbers of the examples, short ones first."""
+    return sorted(range(len(features)), key=lambda row: len(features[row]["input_ids"]))
+
+
+def batches(
+    features: Features, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Padded inputs of the model, without labels, in the order of ``features``."""
+    collate = DataCollatorWithPadding(tokenizer)
+    for start in range(0, len(features), batch_size):
+        examples = features[start : start + batch_size]
+        yield dict(
+            collate([{k: v for k, v in e.items() if k != "labels"} for e in examples])
+        )
+
+
 def fit(
     model: PreTrainedModel,
     features: Features,
@@ -142,8 +149,6 @@ def fit(
     folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
     whole: Sequence[str] = (TRAINER_STATE,),
-    trainer_class: type[Trainer] = Trainer,
-    **trainer_options: Any,
 ) -> None:
     """Train ``model`` in place, from the newest whole checkpoint in ``folder`` if any.
 
@@ -169,14 +174,13 @@ def fit(
         remove_unused_columns=False,
         **_schedule(settings, len(features)),
     )
-    trainer = trainer_class(
+    trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=features,  # type: ignore[arg-type, unused-ignore]
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         callbacks=[*callbacks, ProgressBar(settings.title)],
-        **trainer_options,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder, whole))

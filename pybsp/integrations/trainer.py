@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import Trainer
@@ -21,6 +22,7 @@ from transformers.training_args import TrainingArguments
 from ..pruning import BlockPruner, BlockPruningConfig
 from ..pruning.schedule import PruningSchedule
 from ..pruning.state import load_state, save_state
+from .distillation import DistillationConfig, Distiller
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,10 @@ class BlockPruningCallback(TrainerCallback):
 
     Args:
         cfg: what to prune.
-        teacher: must be None. A callback cannot change the loss.
+        teacher: the dense fine-tuned model; its outputs join the loss of every training
+            step, see ``distillation``. It is never trained.
+        distillation: how much the model learns from the teacher; the defaults of
+            ``DistillationConfig`` when it is None.
         restart_learning_rate: play the learning-rate schedule once up to the cut and
             once more for the masked retrain, as separate runs would (Li et al. 2020).
             By default it spans the run, so the retrain phase has its low end. Needs a
@@ -55,24 +60,28 @@ class BlockPruningCallback(TrainerCallback):
     def __init__(
         self,
         cfg: BlockPruningConfig,
-        teacher: Any = None,
+        teacher: nn.Module | None = None,
         *,
+        distillation: DistillationConfig | None = None,
         restart_learning_rate: bool = False,
         resume_from: str | Path | None = None,
     ) -> None:
-        if teacher is not None:
+        if distillation is not None and teacher is None:
             raise ValueError(
-                "teacher must be None: a Trainer callback cannot change the loss; "
-                "override Trainer.compute_loss to distil, it works beside this callback"
+                "distillation needs a teacher; pass the dense fine-tuned model as "
+                "teacher="
             )
         if not isinstance(cfg, BlockPruningConfig):
             raise TypeError(
                 f"cfg must be a BlockPruningConfig; got {type(cfg).__name__}"
             )
         self.cfg = cfg
+        self.teacher = teacher
+        self.distillation = distillation
         self.restart_learning_rate = restart_learning_rate
         self.resume_from = resume_from
         self.pruner: BlockPruner | None = None
+        self._distiller: Distiller | None = None
         self._restore_schedule: Callable[[], None] | None = None
 
     def on_train_begin(
@@ -97,11 +106,16 @@ class BlockPruningCallback(TrainerCallback):
         if self.pruner is not None:  # an earlier train() that did not come to its end
             self.pruner.detach()
         trainer = _calling_trainer()
+        self._check_loss(args, trainer)
         pruner = BlockPruner(kwargs["model"], self.cfg, total_steps=state.max_steps)
         if state.global_step > 0:
             path = self._state_path(args, state, trainer)
             pruner.load_state_dict(load_state(path))
         self.pruner = pruner.attach(kwargs["optimizer"])
+        if self.teacher is not None:
+            self._stop_distilling()
+            teacher = self.teacher.to(args.device)
+            self._distiller = Distiller(kwargs["model"], teacher, self.distillation)
         if self.restart_learning_rate:
             scheduler = kwargs["lr_scheduler"]
             self._restore_schedule = _play_twice(scheduler, pruner.schedule)
@@ -165,6 +179,7 @@ class BlockPruningCallback(TrainerCallback):
         if self._restore_schedule is not None:
             self._restore_schedule()
             self._restore_schedule = None
+        self._stop_distilling()
         if self.pruner is None:
             return
         pruner, self.pruner = self.pruner, None
@@ -181,6 +196,23 @@ class BlockPruningCallback(TrainerCallback):
             # steps that a gradient scaler skipped left the cut ahead of the last one
             pruner.cut()
         pruner.finalize()
+
+    def _stop_distilling(self) -> None:
+        if self._distiller is not None:
+            self._distiller.remove()
+            self._distiller = None
+
+    def _check_loss(self, args: TrainingArguments, trainer: Trainer | None) -> None:
+        """``ValueError`` when the Trainer would not use the loss the model returns."""
+        if self.teacher is None:
+            return
+        custom = getattr(trainer, "compute_loss_func", None) is not None
+        if args.label_smoothing_factor or custom or args.torch_compile:
+            name = "torch_compile" if args.torch_compile else "label_smoothing_factor"
+            raise ValueError(
+                "a teacher acts through the loss that the model returns; turn off "
+                f"{'compute_loss_func' if custom else name}, or distil without it"
+            )
 
     def _gate_best(self, state: TrainerState) -> None:
         if self.pruner is not None and not self.pruner.at_target:

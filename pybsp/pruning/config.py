@@ -14,6 +14,7 @@ Method = Literal["reweighted_group_lasso", "group_lasso", "magnitude"]
 Penalty = Literal["gradient", "decoupled", "proximal"]
 Scope = Literal["global", "layer"]
 Ranking = Literal["norm", "rms", "relative"]
+Saliency = Literal["magnitude", "taylor", "movement"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("reweighted_group_lasso", "group_lasso", "magnitude"),
@@ -22,6 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "lambda_scaling": ("none", "sqrt_block_size"),
     "ramp": ("one_shot", "cubic"),
     "ranking": ("norm", "rms", "relative"),
+    "saliency": ("magnitude", "taylor", "movement"),
 }
 OVERRIDABLE = ("block_shape", "target_sparsity")
 
@@ -91,6 +93,7 @@ class BlockPruningConfig:
     lambda_scaling: Literal["none", "sqrt_block_size"] = "none"
     ramp: Literal["one_shot", "cubic"] = "one_shot"
     ranking: Ranking = "rms"
+    saliency: Saliency = "magnitude"
     packed_retraining: bool = False
 
     def __post_init__(self) -> None:

@@ -52,6 +52,16 @@ def block_scores(
     return rms / mean if mean > 0 else rms
 
 
+def norm_scores(
+    norms: Mapping[str, torch.Tensor], targets: Mapping[str, Target], ranking: Ranking
+) -> dict[str, torch.Tensor]:
+    """``block_scores`` of every target."""
+    return {
+        name: block_scores(value, targets[name].block_size, ranking)
+        for name, value in norms.items()
+    }
+
+
 def check_feasible(pool: Pool, max_layer_sparsity: float) -> None:
     """``ValueError`` when the cap leaves a pool more blocks than its target allows."""
     sizes = [t.block_size for t in pool.targets]
@@ -75,21 +85,22 @@ def check_feasible(pool: Pool, max_layer_sparsity: float) -> None:
 
 
 def select_masks(
-    norms: Mapping[str, torch.Tensor],
+    by_name: Mapping[str, torch.Tensor],
     pool: Pool,
-    cfg: BlockPruningConfig,
+    max_layer_sparsity: float,
     level: float = 1.0,
 ) -> dict[str, torch.Tensor]:
     """Masks (True = kept) of ``level * pool.sparsity`` over the pool.
 
-    ``norms`` holds the block norms ``(out/r, in/c)`` by target name. In each layer the
-    strongest blocks that ``max_layer_sparsity`` protects are ranked above all others.
+    ``by_name`` holds scores of blocks ``(out/r, in/c)`` by target name, comparable
+    between layers. In each layer the best blocks that ``max_layer_sparsity`` protects
+    are ranked above all others.
     """
     scores = []
     protected = 0
     for target in pool.targets:
-        score = block_scores(norms[target.name], target.block_size, cfg.ranking)
-        least = _protected(score.numel(), cfg.max_layer_sparsity)
+        score = by_name[target.name]
+        least = _protected(score.numel(), max_layer_sparsity)
         protected += least
         if len(pool.targets) > 1 and least:
             score = score.masked_fill(ops.block_mask(score, least), math.inf)

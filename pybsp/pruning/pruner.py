@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 from . import penalty as penalties
 from .config import BlockPruningConfig
 from .hooks import StepHooks, gradient_scale, inner_optimizer, learning_rates
-from .masks import check_feasible, pools, select_masks
-from .record import sparsity_record
+from .masks import check_feasible, norm_scores, pools, select_masks
+from .record import record_block_shapes
 from .regulariser import Regulariser
+from .saliency import GradientSaliency
 from .schedule import Phase, PruningSchedule
 from .state import STATE_FORMAT, check_state
-from .targets import Target, linear_modules, select_targets, unwrap_model
+from .targets import Target, select_targets, unwrap_model
 
 _attached: weakref.WeakKeyDictionary[Optimizer, BlockPruner] = (
     weakref.WeakKeyDictionary()
@@ -72,6 +73,7 @@ class BlockPruner:
         self.at_target = False
         self.masks: dict[str, torch.Tensor] = {}
         self.regulariser = Regulariser(cfg, self.targets, self.pools)
+        self.saliency = GradientSaliency(cfg, self.targets)
         self._hooks: StepHooks | None = None
         self._optimizer: weakref.ref[Optimizer] | None = None
         self._packed: Any = None
@@ -165,6 +167,7 @@ class BlockPruner:
             self._prune_to(1.0)
             self.at_target = True
             self.regulariser.stop()
+            self.saliency.stop()
             self._pack()
 
     @torch.no_grad()
@@ -196,14 +199,9 @@ class BlockPruner:
                     f"'{name}' has {wrong or 'NaN'} blocks that should be zero: its "
                     "weight was replaced after the cut; restore a checkpoint of the run"
                 )
-        linears = linear_modules(self.model)
-        for target in self.targets.values():
-            for name in (target.name, *target.shared_with):
-                linears[name].pybsp_block_shape = target.block_shape  # type: ignore[assignment]
-        record = sparsity_record(self.model, self.cfg.block_shape)
-        config = getattr(self.model, "config", None)
-        if config is not None and hasattr(config, "to_dict"):
-            config.quantization_config = record
+        record = record_block_shapes(
+            self.model, self.targets.values(), self.cfg.block_shape
+        )
         self.detach()
         return record
 
@@ -218,6 +216,7 @@ class BlockPruner:
             "strengths": dict(self.regulariser.strengths),
             "factors": dict(self.regulariser.factors),
             "masks": dict(self.masks),
+            "saliency": dict(self.saliency.scores),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -241,6 +240,10 @@ class BlockPruner:
         self.regulariser.factors = {
             name: value.to(weights[name].device, torch.float32)
             for name, value in state["factors"].items()
+        }
+        self.saliency.scores = {
+            name: value.to(weights[name].device, torch.float32)
+            for name, value in state["saliency"].items()
         }
         self.masks = {
             name: value.to(weights[name].device, torch.bool)
@@ -269,6 +272,8 @@ class BlockPruner:
         if self._packed is not None:
             return
         weights = self._weights()
+        if not self.at_target:
+            self.saliency.add(weights, gradient_scale(optimizer))
         if self.phase is Phase.REGULARISE and self.cfg.penalised:
             due = self.step in self.schedule.reweight_steps
             if self.regulariser.in_gradient:
@@ -307,6 +312,11 @@ class BlockPruner:
                 f"the weight of '{bad[0]}' became NaN or infinite in training, so its "
                 "blocks cannot be ranked; lower the learning rate or reg_lambda"
             )
+        # without gradients so far (a cut before the first step) norms have to do
+        scores = self.saliency.block_scores() or norm_scores(
+            norms, self.targets, self.cfg.ranking
+        )
+        cap = self.cfg.max_layer_sparsity
         for pool in self.pools:
-            self.masks.update(select_masks(norms, pool, self.cfg, level))
+            self.masks.update(select_masks(scores, pool, cap, level))
         self._mask_weights()

@@ -7,6 +7,7 @@ is dense with zero blocks says how to pack itself, and loads anywhere without it
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from ..blocks import BlockShape, BlockShapeSpec, block_view, check_block_shape
-from .targets import linear_modules, unwrap_model
+from .targets import Target, linear_modules, unwrap_model
 
 FORMAT_VERSION = 1
 
@@ -29,6 +30,22 @@ def count_zero_blocks(weight: torch.Tensor, block_shape: BlockShape) -> int:
     """Blocks whose weights are all exactly zero."""
     blocks = block_view(weight.detach(), block_shape)
     return int((blocks == 0).flatten(2).all(2).sum())
+
+
+def record_block_shapes(
+    model: nn.Module, targets: Iterable[Target], block_shape: BlockShapeSpec
+) -> dict[str, Any]:
+    """Set ``pybsp_block_shape`` on every pruned linear module and, when the model has a
+    ``config`` object, its ``quantization_config``. Returns that record."""
+    linears = linear_modules(model)
+    for target in targets:
+        for name in (target.name, *target.shared_with):
+            linears[name].pybsp_block_shape = target.block_shape  # type: ignore[assignment]
+    record = sparsity_record(model, block_shape)
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "to_dict"):
+        config.quantization_config = record
+    return record
 
 
 def sparsity_record(

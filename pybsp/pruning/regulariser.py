@@ -9,7 +9,7 @@ import torch
 from .. import ops
 from . import penalty as penalties
 from .config import BlockPruningConfig
-from .masks import Pool, select_masks
+from .masks import Pool, norm_scores, select_masks
 from .targets import Target
 
 Tensors = Mapping[str, torch.Tensor]
@@ -127,8 +127,10 @@ class Regulariser:
         self._last_value = 0.0
 
     def _size_strengths(self, norms: Tensors, steps: int) -> None:
+        scores = norm_scores(norms, self.targets, self.cfg.ranking)
+        cap = self.cfg.max_layer_sparsity
         for pool in self.pools:
-            for name, kept in select_masks(norms, pool, self.cfg).items():
+            for name, kept in select_masks(scores, pool, cap).items():
                 weak = norms[name][~kept]
                 largest = float(weak.max()) if weak.numel() else 0.0
                 self.strengths[name] = penalties.automatic_strength(largest, steps)

@@ -1,7 +1,8 @@
 """The pruner's state: what a valid one looks like, and its file.
 
-The file is safetensors: ``factors.<module>`` float32 and ``masks.<module>`` uint8
-tensors of the block grids, everything else as JSON in the header's metadata.
+The file is safetensors: ``factors.<module>`` and ``saliency.<module>`` float32 and
+``masks.<module>`` uint8 tensors of the block grids, everything else as JSON in the
+header's metadata.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from .pruner import BlockPruner
 
 STATE_FORMAT = 1
-_TENSORS = ("factors", "masks")
+_TENSORS = ("factors", "masks", "saliency")
 _SCALARS = ("format", "config", "total_steps", "step", "at_target", "strengths")
 
 

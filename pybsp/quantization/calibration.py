@@ -13,7 +13,8 @@ from .weights import LEVELS
 
 Method = Literal["mse", "max", "percentile"]
 
-#: Of all magnitudes, the share that ``"percentile"`` does not clip.
+#: Of all magnitudes, the share that ``"percentile"`` does not clip. Of 0.998, 0.999,
+#: 0.9995, 0.9999 and 0.99999 it changes the states of all-MiniLM-L6-v2 least.
 PERCENTILE = 0.9999
 _BINS = 4096
 
@@ -57,7 +58,7 @@ class InputObserver:
             counted = torch.histc(magnitudes, _BINS, 0.0, self.limit)
             self.counts += counted.double().cpu()
 
-    def scale(self, method: Method = "mse") -> float:
+    def scale(self, method: Method = "percentile") -> float:
         """The static scale: ``clip / 127``; 0 when nothing but zeros was seen.
 
         ``"max"`` clips nothing, ``"percentile"`` the share above ``PERCENTILE``, and
@@ -88,7 +89,7 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
     modules: Iterable[str],
-    method: Method = "mse",
+    method: Method = "percentile",
 ) -> dict[str, float]:
     """The static input scale of each named module, from running ``batches``.
 

@@ -22,7 +22,8 @@ def test_help_names_every_command(cli):
          "--model --task --data --out --sparsity --block-shape --paper --lambda "
          "--method --epochs-dense --epochs --lr --batch-size --max-length --seed "
          "--max-train-samples --threads --dense-checkpoint --save-dense --resume "
-         "--distill --schedule --seconds --json"),
+         "--distill --distill-hidden --one-shot --saliency --schedule --seconds "
+         "--json"),
         ("quickstart", "--out --from-scratch --seed --threads --json"),
         ("bench", "DIR --batch --seq --ragged --threads --no-onnx --json"),
         ("check", "DIR --tokens --json"),

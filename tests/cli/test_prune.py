@@ -123,6 +123,23 @@ def test_json_from_a_dense_checkpoint(cli, pruned, model, data, tmp_path):
     assert run.data["scores"]["dense"] == before
 
 
+def test_a_cut_before_training_keeps_its_blocks(cli, pruned, model, data, tmp_path):
+    dense = pruned.parent / "dense"
+    arguments = prune_arguments(
+        model, data, tmp_path / "out", "--dense-checkpoint", dense, "--one-shot",
+        "--distill-hidden", "1", "--json",
+    )  # fmt: skip
+    run = cli(*arguments)
+    assert run.status == 0, run.stderr
+    assert run.data["config"]["phases"] == [0.0, 0.0, 1.0]
+    assert run.data["config"]["packed_retraining"]
+    assert run.data["sparsity"]["reached"] == pytest.approx(0.8, abs=1e-3)
+    assert set(run.data["block_norms"]) == {"fine_tuned"}
+    assert set(run.data["scores"]) == {
+        "dense", "magnitude_cut", "after_cut", "final", "packed",
+    }  # fmt: skip
+
+
 def test_as_a_program_with_a_regression(model, tmp_path):
     (tmp_path / "data" / "stsb").mkdir(parents=True)
     rows = "".join(
@@ -233,6 +250,9 @@ class TestErrors:
             ("must be a number above 0", ["--lr", "-1"]),
             ("must be a whole number", ["--batch-size", "2.5"]),
             ("must lie between 0 and 1", ["--distill", "2"]),
+            ("must be a number >= 0", ["--distill-hidden", "-1"]),
+            ("two ways to prune", ["--one-shot", "--paper"]),
+            ("leave --phases out", ["--one-shot", "--phases", "0,0.5,0.5"]),
             ("must be 'auto' or at least 0", ["--lambda", "much"]),
             ("invalid choice", ["--method", "magic"]),
             ("is not a directory", ["--model", "./nowhere"]),

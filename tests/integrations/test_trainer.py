@@ -438,11 +438,6 @@ def test_train_twice_with_one_callback(tmp_path: Path) -> None:
     assert encoder_sparsity(trainer.model.state_dict()) == 0.75
 
 
-def test_a_teacher_is_refused_with_the_remedy() -> None:
-    with pytest.raises(ValueError, match=r"override Trainer\.compute_loss"):
-        BlockPruningCallback(CFG, teacher=nn.Linear(2, 2))
-
-
 def test_the_wrong_kind_of_config_is_refused() -> None:
     with pytest.raises(TypeError, match="must be a BlockPruningConfig; got dict"):
         BlockPruningCallback({})  # type: ignore[arg-type]

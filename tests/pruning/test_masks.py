@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from pybsp import BlockPruningConfig
-from pybsp.pruning.masks import block_scores, check_feasible, pools, select_masks
+from pybsp.pruning.masks import (
+    block_scores,
+    check_feasible,
+    norm_scores,
+    pools,
+    select_masks,
+)
 from pybsp.pruning.targets import Target
 
 
@@ -23,11 +29,15 @@ def masks_of(
     norms: list[torch.Tensor], layers: list[Target], **settings: Any
 ) -> dict[str, torch.Tensor]:
     cfg = BlockPruningConfig(**settings)
-    by_name = {t.name: n for t, n in zip(layers, norms, strict=True)}
+    by_name = norm_scores(
+        {t.name: n for t, n in zip(layers, norms, strict=True)},
+        {t.name: t for t in layers},
+        cfg.ranking,
+    )
     found: dict[str, torch.Tensor] = {}
     for pool in pools(layers, cfg):
         check_feasible(pool, cfg.max_layer_sparsity)
-        found.update(select_masks(by_name, pool, cfg))
+        found.update(select_masks(by_name, pool, cfg.max_layer_sparsity))
     return found
 
 
@@ -111,11 +121,10 @@ def test_a_layer_with_its_own_target_leaves_the_pool() -> None:
 
 def test_level_scales_the_target() -> None:
     layers = targets((10, 10))
-    cfg = BlockPruningConfig(target_sparsity=0.8)
-    norms = {"l0": torch.rand(10, 10)}
-    (pool,) = pools(layers, cfg)
-    assert removed(select_masks(norms, pool, cfg, 0.0)) == 0
-    assert removed(select_masks(norms, pool, cfg, 0.5)) == 40
+    (pool,) = pools(layers, BlockPruningConfig(target_sparsity=0.8))
+    scores = {"l0": torch.rand(10, 10)}
+    assert removed(select_masks(scores, pool, 0.95, 0.0)) == 0
+    assert removed(select_masks(scores, pool, 0.95, 0.5)) == 40
 
 
 def test_a_whole_matrix_as_one_block_needs_a_cap_of_one() -> None:

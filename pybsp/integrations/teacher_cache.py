@@ -1,0 +1,108 @@
+"""What a teacher computed, by example, so that it need not compute it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class TeacherOutputs:
+    """Logits, if there are any, and the hidden states that were asked for."""
+
+    logits: torch.Tensor | None
+    hidden_states: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _Example:
+    """One example: its logits, and its hidden states ``(layers, tokens, features)``
+    without padding."""
+
+    logits: torch.Tensor | None
+    hidden: torch.Tensor | None
+
+    @property
+    def bytes(self) -> int:
+        held = [t for t in (self.logits, self.hidden) if t is not None]
+        return sum(t.numel() * t.element_size() for t in held)
+
+
+class TeacherCache:
+    """Outputs by example in float16, up to ``limit`` bytes; what does not fit any more
+    is not kept.
+
+    An example is known by its token ids and its other integer inputs, so its padding
+    and the batch that it comes in do not matter. Inputs that are not one integer for
+    each token are not cached.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self._examples: dict[bytes, _Example] = {}
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def keys(self, inputs: Mapping[str, Any]) -> list[bytes]:
+        """One key for each example of a batch; none when it cannot be cached."""
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if not self.limit or ids is None or mask is None or ids.dim() != 2:
+            return []
+        tensors = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+        if any(t.shape != ids.shape or t.is_floating_point() for t in tensors.values()):
+            return []
+        rows = torch.stack([tensors[k].long() for k in sorted(tensors)], dim=1).cpu()
+        kept = mask.bool().cpu()
+        return [
+            row[:, tokens].numpy().tobytes()
+            for row, tokens in zip(rows, kept, strict=True)
+        ]
+
+    def find(
+        self, keys: list[bytes], inputs: Mapping[str, Any]
+    ) -> TeacherOutputs | None:
+        """The outputs of a batch when all its examples are known, zero in padding."""
+        if not keys or any(key not in self._examples for key in keys):
+            return None
+        examples = [self._examples[key] for key in keys]
+        mask = inputs["attention_mask"].bool()
+        logits, hidden = None, ()
+        if examples[0].logits is not None:
+            logits = torch.stack([e.logits for e in examples]).to(mask.device)  # type: ignore[misc]
+        if examples[0].hidden is not None:
+            tokens = torch.cat([e.hidden for e in examples], dim=1).to(mask.device)  # type: ignore[misc]
+            layers, _, features = tokens.shape
+            whole = tokens.new_zeros(layers, *mask.shape, features)
+            whole[:, mask] = tokens
+            hidden = tuple(whole.float())
+        return TeacherOutputs(logits, hidden)
+
+    def keep(
+        self, keys: list[bytes], inputs: Mapping[str, Any], outputs: TeacherOutputs
+    ) -> None:
+        """Remember the outputs of the examples that fit."""
+        stacked = None
+        if outputs.logits is not None and outputs.logits.dim() != 2:
+            return  # one for each token: of another shape in every batch
+        if keys and outputs.hidden_states and self.used < self.limit:
+            stacked = torch.stack(outputs.hidden_states).half().cpu()
+        mask = inputs["attention_mask"].bool().cpu() if keys else None
+        for row, key in enumerate(keys):
+            if key in self._examples or mask is None:
+                continue
+            logits = outputs.logits
+            example = _Example(
+                None if logits is None else logits[row].float().cpu(),
+                None if stacked is None else stacked[:, row, mask[row]].clone(),
+            )
+            if self.used + example.bytes > self.limit or (
+                stacked is None and outputs.hidden_states
+            ):
+                return
+            self._examples[key] = example
+            self.used += example.bytes

@@ -1,0 +1,160 @@
+"""``prune_one_shot`` on small networks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pybsp import BlockPruner, BlockPruningConfig, prune_one_shot
+from pybsp.pruning import model_sparsity
+from pybsp.pruning.penalty import block_norms
+
+
+class Network(nn.Module):
+    """Two layers that share their input, and one behind them; tokens with a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(32, 64)
+        self.gate = nn.Linear(32, 64)
+        self.last = nn.Linear(64, 32, bias=False)
+        self.spare = nn.Linear(32, 32)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,  # noqa: ARG002
+    ) -> torch.Tensor:
+        assert not self.training
+        return self.last(self.first(x).relu() * self.gate(x).sigmoid())
+
+
+def config(**settings: Any) -> BlockPruningConfig:
+    return BlockPruningConfig(
+        **{"target_sparsity": 0.5, "exclude_modules": ["spare"], "method": "magnitude",
+           "phases": (0, 0, 1.0), **settings}
+    )  # fmt: skip
+
+
+def batches(count: int = 4) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(32, 32, generator=generator)
+    x = torch.randn(count, 4, 40, 32, generator=generator) @ mixed
+    return [{"x": part} for part in x]
+
+
+def error(model: nn.Module, dense: nn.Module) -> float:
+    """Of the outputs on inputs that were not seen, relative to their size."""
+    x = batches(6)[-1]["x"]
+    with torch.no_grad():
+        wanted = dense.eval()(x)
+        return float((model.eval()(x) - wanted).square().sum() / wanted.square().sum())
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("block_shape", [(8, 1), (4, 4), (1, "in/8")])
+def test_exact_sparsity_and_a_smaller_error_than_a_cut(
+    scope: str, block_shape: Any
+) -> None:
+    cfg = config(scope=scope, block_shape=block_shape)
+    dense, fitted, cut = Network(), Network(), Network()
+    record = prune_one_shot(fitted, cfg, batches())
+    assert fitted.training
+    BlockPruner(cut, cfg, total_steps=10).cut()
+    assert record["sparsity"] == 0.5
+    layers = {layer.name: layer for layer in model_sparsity(fitted).layers}
+    if scope == "layer":
+        assert all(layers[name].sparsity == 0.5 for name in ("first", "gate", "last"))
+    assert layers["spare"].zeros == 0
+    assert error(fitted, dense) < 0.5 * error(cut, dense)
+    assert record["modules"].keys() == {"first", "gate", "last"}
+
+
+def test_later_layers_make_up_for_earlier_ones() -> None:
+    """The last layer is fitted to what the pruned layers before it give."""
+    cfg = config(exclude_modules=["spare", "last"], target_sparsity=0.8)
+    dense, model = Network(), Network()
+    prune_one_shot(model, cfg, batches())
+    before = error(model, dense)
+    last = config(
+        target_sparsity=0.8,
+        overrides={"last": {"target_sparsity": 0.01}},
+    )
+    whole = Network()
+    prune_one_shot(whole, last, batches())
+    assert error(whole, dense) < 0.9 * before
+
+
+def test_padding_does_not_count() -> None:
+    padded, models = batches(), []
+    for filling in (0.0, 100.0):
+        model = Network()
+        for batch in padded:
+            batch["attention_mask"] = torch.ones(4, 40, dtype=torch.long)
+            batch["attention_mask"][:, 30:] = 0
+            batch["x"][:, 30:] = filling
+        prune_one_shot(model, config(), padded)
+        models.append(model)
+    for one, other in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_training_goes_on_with_the_same_blocks() -> None:
+    model, cfg = Network(), config(target_sparsity=0.8, max_layer_sparsity=0.85)
+    prune_one_shot(model, cfg, batches())
+    kept = {n: block_norms(p, (8, 1)) != 0 for n, p in pruned_weights(model)}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    pruner = BlockPruner(model, cfg, total_steps=3).attach(optimizer)
+    model.eval()
+    for batch in batches(3):
+        optimizer.zero_grad()
+        model(**batch).square().mean().backward()
+        optimizer.step()
+    pruner.finalize()
+    for name, weight in pruned_weights(model):
+        assert torch.equal(block_norms(weight, (8, 1)) != 0, kept[name])
+
+
+def pruned_weights(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [
+        (name, p.detach())
+        for name, p in model.named_parameters()
+        if p.dim() == 2 and "spare" not in name
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "inputs", "message"),
+    [
+        ({}, [], "batches is empty"),
+        ({"exclude_modules": ()}, batches(1), "'spare' ran 0 times"),
+    ],
+)
+def test_refusals_change_nothing(settings: Any, inputs: Any, message: str) -> None:
+    model = Network()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        prune_one_shot(model, config(**settings), inputs)
+    assert model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+class Turning(Network):
+    """Runs its layers in an order that depends on the input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [self.first, self.gate][:: 1 if x.shape[0] == 4 else -1]
+        return self.last(parts[0](x) * parts[1](x.tanh()))
+
+
+def test_an_order_that_changes_is_refused() -> None:
+    first, second = batches(2)
+    second["x"] = second["x"][:2]
+    with pytest.raises(ValueError, match="'gate' runs before 'first'"):
+        prune_one_shot(Turning(), config(), [first, second])

@@ -1,0 +1,104 @@
+"""Scores from gradients, and the blocks that they keep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pybsp import BlockPruner, BlockPruningConfig
+from pybsp.pruning.saliency import RATE, GradientSaliency
+from pybsp.pruning.state import load_state, save_state
+
+KINDS = ("taylor", "movement")
+STEPS = 20
+
+
+def config(kind: str, ramp: str = "cubic") -> BlockPruningConfig:
+    return BlockPruningConfig(
+        block_shape=(4, 2), saliency=kind, method="magnitude", ramp=ramp,
+        target_sparsity=0.5, phases=(0.0, 0.6, 0.4), reweight_every=6,
+    )  # fmt: skip
+
+
+def pruner_and_optimizer(
+    cfg: BlockPruningConfig,
+) -> tuple[nn.Linear, BlockPruner, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    pruner = BlockPruner(model, cfg, total_steps=STEPS).attach(optimizer)
+    return model[0], pruner, optimizer
+
+
+def train(layer: nn.Linear, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    """Only the first four inputs ever differ from zero."""
+    for step in steps:
+        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
+        x[:, 4:] = 0.0
+        optimizer.zero_grad()
+        wanted = 3.0 * x[:, :4].repeat(1, 2)
+        (layer(x) - wanted).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_the_formulas(kind: str) -> None:
+    cfg = config(kind)
+    _, pruner, _ = pruner_and_optimizer(cfg)
+    saliency = GradientSaliency(cfg, pruner.targets)
+    expected = torch.zeros(2, 4)
+    for step in range(3):
+        weight, grad = torch.randn(8, 8), torch.randn(8, 8)
+        parameter = nn.Parameter(weight)
+        parameter.grad = 8.0 * grad
+        saliency.add({"0": parameter}, scale=8.0)
+        for row in range(2):
+            for col in range(4):
+                block = slice(4 * row, 4 * row + 4), slice(2 * col, 2 * col + 2)
+                change = (weight[block] * grad[block]).sum()
+                if kind == "movement":
+                    expected[row, col] -= change
+                elif step == 0:
+                    expected[row, col] = change**2
+                else:
+                    expected[row, col] += RATE * (change**2 - expected[row, col])
+    torch.testing.assert_close(saliency.scores["0"], expected)
+    torch.testing.assert_close(saliency.block_scores()["0"], expected / 8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ramp", ["one_shot", "cubic"])
+def test_useful_blocks_stay_though_they_are_small(kind: str, ramp: str) -> None:
+    layer, pruner, optimizer = pruner_and_optimizer(config(kind, ramp))
+    with torch.no_grad():
+        layer.weight[:, :4] *= 0.1
+    train(layer, optimizer, range(STEPS))
+    pruner.finalize()
+    assert bool((layer.weight[:, :4] != 0).all())
+    assert bool((layer.weight[:, 4:] == 0).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_keeps_the_same_blocks(kind: str, tmp_path: Path) -> None:
+    whole, _, optimizer = pruner_and_optimizer(config(kind, "one_shot"))
+    train(whole, optimizer, range(STEPS))
+    layer, pruner, optimizer = pruner_and_optimizer(config(kind, "one_shot"))
+    train(layer, optimizer, range(7))
+    save_state(pruner.state_dict(), tmp_path / "state")
+    weights, moments = layer.state_dict(), optimizer.state_dict()
+    again, pruner, optimizer = pruner_and_optimizer(config(kind, "one_shot"))
+    again.load_state_dict(weights)
+    optimizer.load_state_dict(moments)
+    pruner.load_state_dict(load_state(tmp_path / "state"))
+    train(again, optimizer, range(7, STEPS))
+    assert torch.equal(again.weight, whole.weight)
+    assert not pruner.saliency.scores
+
+
+def test_norms_gather_nothing() -> None:
+    layer, pruner, optimizer = pruner_and_optimizer(config("magnitude"))
+    train(layer, optimizer, range(3))
+    assert not pruner.saliency.scores
