@@ -36,9 +36,10 @@ def quantize_tokens(
     else:
         scales = torch.full_like(largest, input_scale)
         inverse = scales.reciprocal()
-    scales = scales.masked_fill(~largest.isfinite(), torch.nan)
+    bad = ~largest.isfinite()
     levels = (x * inverse[..., None]).round_().clamp_(-LEVELS, LEVELS)
-    return levels.nan_to_num_(0.0).to(torch.int8), scales
+    levels = levels.masked_fill_(bad[..., None], 0.0)
+    return levels.to(torch.int8), scales.masked_fill(bad, torch.nan)
 
 
 def clipped(x: torch.Tensor, input_scale: float) -> torch.Tensor:
