@@ -98,7 +98,7 @@ inline void add_quads(TileWeights weights, int64_t quads, LoadNext load_next,
 // kRows outputs from row `sub` of a tile on.
 template <int kRows, int kVectors, bool kConsecutive>
 void multiply_tile(const Int8Products& products, const Int8Tile& tile,
-                   TileWeights weights, int64_t sub) {
+                   const TileWeights& weights, int64_t sub) {
   constexpr int kStep = kConsecutive ? 1 : 4;
   const int64_t first = tile.row + sub;
   const uint16_t* columns = products.weights.columns + int64_t{tile.first_quad} * kStep;
