@@ -684,7 +684,7 @@ def test_file_of_the_first_version(metadata, dense, tmp_path):
 def test_file_of_a_newer_version(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     tensors = load_file(tmp_path / PACKED_FILE)
-    metadata = {"format": "pt", "pybsp_format_version": "3"}
+    metadata = {"format": "pt", "pybsp_format_version": "4"}
     save_file(tensors, tmp_path / PACKED_FILE, metadata)
     with pytest.raises(ValueError, match="upgrade pybsp"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
