@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DataCollatorWithPadding
 
 from benchmarks import result
 from pybsp import (
@@ -29,7 +28,17 @@ from pybsp import (
     prune_one_shot,
 )
 from pybsp.cli import glue, metrics, models
-from pybsp.cli.training import TRAINER_STATE, Features, Fit, encode, fit, predict
+from pybsp.cli.training import (
+    TRAINER_STATE,
+    Features,
+    Fit,
+    batches,
+    by_length,
+    encode,
+    fit,
+    predict,
+    turn_off_dropout,
+)
 from pybsp.integrations.trainer import STATE_NAME
 from pybsp.nn import unpack_
 
@@ -79,7 +88,7 @@ class Run:
     def __init__(self, arguments: argparse.Namespace, task: str, name: str) -> None:
         self.variant_name, self.variant = name, VARIANTS[name]
         self.arguments = arguments
-        rows, _, self.epochs = BUDGET[task]
+        rows, self.dense_epochs, self.epochs = BUDGET[task]
         if arguments.epochs:
             self.epochs = arguments.epochs
         self.whole = glue.load(task, arguments.data)
@@ -98,11 +107,23 @@ class Run:
             **{"cache_bytes": 1 << 30, **self.variant.distillation}
         )
 
-    def load(self, source: Path, dropout: bool = True) -> Any:
-        off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        return models.load_classifier(
-            str(source), self.data.task.outputs, **({} if dropout else off)
-        )
+    def fine_tune(self) -> None:
+        """The dense model that all variants of a task share."""
+        outputs, folder = self.data.task.outputs, self.dense
+        torch.manual_seed(0)
+        model, tokenizer = models.load_classifier(models.resolve("minilm"), outputs)
+        self.tokenizer = tokenizer
+        fit(
+            model, self.encode(self.data.train), tokenizer,
+            Fit(self.dense_epochs, 1e-4, 16, seed=0, title=folder.name),
+            folder.with_name(f"{folder.name}-run"),
+        )  # fmt: skip
+        models.name_labels(model, self.data.task.labels)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    def load(self, source: Path) -> Any:
+        return models.load_classifier(str(source), self.data.task.outputs)
 
     def encode(self, split: glue.Split) -> Features:
         classes = not self.data.task.is_regression
@@ -113,18 +134,22 @@ class Run:
         return metrics.score(self.data.task.metrics, self.data.dev.labels, logits)
 
     def run(self) -> None:
-        started = time.perf_counter()
+        if not self.dense.exists():
+            self.fine_tune()
+        started = time.process_time()
         teacher, self.tokenizer = self.load(self.dense)
         scores = {"dense": self.score(teacher)}
         start = self.dense
         features = self.encode(self.data.train)
         if self.variant.one_shot:
             start = self.one_shot(features)
-        model, _ = self.load(start, self.variant.dropout)
+        model, _ = self.load(start)
         if self.variant.one_shot:
             scores["one_shot"] = self.score(model)
             print(scores, flush=True)
             unpack_(model)
+        if not self.variant.dropout:
+            turn_off_dropout(model)
         callback = BlockPruningCallback(
             self.config, teacher, distillation=self.distillation
         )
@@ -137,29 +162,30 @@ class Run:
             whole=(TRAINER_STATE, STATE_NAME),
         )  # fmt: skip
         scores["final"] = self.score(model)
-        self.save(scores, time.perf_counter() - started)
+        self.save(scores, time.process_time() - started)
 
     def one_shot(self, features: Features) -> Path:
         folder = self.folder / "start"
         if not folder.exists():
             model, _ = self.load(self.dense)
-            prune_one_shot(model, self.config, self.batches(features))
+            prune_one_shot(model, self.config, self.texts(features))
             model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
         return folder
 
-    def batches(self, features: Features) -> Iterator[dict[str, torch.Tensor]]:
-        """A sample of the training sentences, without their labels."""
+    def texts(self, features: Features) -> Iterator[dict[str, torch.Tensor]]:
+        """A sample of the training texts, without their labels."""
         picked = random.Random(0).sample(features, min(CALIBRATION, len(features)))
-        picked = sorted(picked, key=lambda f: len(f["input_ids"]))
-        collate = DataCollatorWithPadding(self.tokenizer)
-        for at in range(0, len(picked), 32):
-            yield collate(without_labels(picked[at : at + 32])).data
+        rows = [picked[row] for row in by_length(picked)]
+        return batches(rows, self.tokenizer)
 
     def training(self, features: Features) -> Features:
         if not self.variant.unlabelled:
             return features
-        return without_labels(self.encode(self.whole.train))
+        return [
+            {name: value for name, value in example.items() if name != "labels"}
+            for example in self.encode(self.whole.train)
+        ]
 
     def save(self, scores: dict[str, Any], seconds: float) -> None:
         record = {
@@ -173,14 +199,12 @@ class Run:
             "train_examples": len(self.data.train),
             "seed": self.arguments.seed,
             "scores": scores,
-            "seconds": round(seconds),
+            "cpu_seconds": round(seconds),
         }
         result.save(f"accuracy/recovery/{self.name}", record)
-        print(json.dumps({self.name: scores, "seconds": round(seconds)}), flush=True)
-
-
-def without_labels(features: Features) -> Features:
-    return [{k: v for k, v in f.items() if k != "labels"} for f in features]
+        print(
+            json.dumps({self.name: scores, "cpu_seconds": round(seconds)}), flush=True
+        )
 
 
 def main() -> None:

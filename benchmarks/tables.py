@@ -226,12 +226,12 @@ def one_shot() -> str:
             str(row.get("texts", "")),
             f"{100 * row[run['metric']]:.1f}",
             f"{row['error']:.2f}",
-            f"{row['seconds']:.0f}" if row["seconds"] else "",
+            f"{row['cpu_seconds']:.0f}" if row.get("cpu_seconds") else "",
         ]
         for run in load("accuracy/one_shot/*.json")
         for row in run["rows"]
     ]
-    head = ["task", "sparsity", "cut", "texts", "dev score", "error", "seconds"]
+    head = ["task", "sparsity", "cut", "texts", "dev score", "error", "CPU seconds"]
     return markdown(head, rows)
 
 

@@ -3,9 +3,9 @@
 //
 // Queries, keys and values lie in token tiles, [feature of the head][token]. The tokens
 // of a sequence need not begin or end where a tile does: they come in runs, tokens with
-// consecutive lanes of one tile. A query is a
-// lane of the product with the keys and a row of it a key, so that softmax reduces over
-// rows and a key or value is a broadcast scalar, as weights are in block_sparse_gemm.h.
+// consecutive lanes of one tile. A query is a lane of the product with the keys and a
+// row of it a key, so that softmax reduces over rows and a key or value is a broadcast
+// scalar, as weights are in block_sparse_gemm.h.
 //
 // A query's bits depend on its sequence alone: not on how it is cut into runs, nor on
 // the queries beside it.

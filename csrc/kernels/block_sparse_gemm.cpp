@@ -362,8 +362,10 @@ void Multiplication::multiply(const Part& part, int vectors, const float* x_tile
   if (product.int8) {
     const size_t p = static_cast<size_t>(part.index);
     const float* const scales = int8_tile + int8_inputs(product)->first;
+    const int64_t height = product.weight.block_rows;
     isa_.int8->multiply({product.int8->view(isa_.int8->order), schedule.part_tiles[p],
-                         schedule.part_tiles[p + 1], vectors,
+                         schedule.part_tiles[p + 1], part.first_row * height,
+                         part.last_row * height, vectors,
                          reinterpret_cast<const int8_t*>(scales + token_scales()),
                          scales, product.epilogue.bias, y_tile});
   } else if (schedule.by_column) {

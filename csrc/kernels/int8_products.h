@@ -20,16 +20,19 @@ namespace pybsp {
 constexpr float kLeastInput = 7.888609e-31f;  // 2^-100
 constexpr int64_t kMaxInt8Inputs = 65536;
 
-// The products of tiles [first, last) of the weights with one tile of tokens.
+// The products of tiles [first, last) of the weights, which are those of outputs
+// [first_row, last_row), with one tile of tokens.
 struct Int8Products {
   Int8View weights;
   int64_t first;
   int64_t last;
+  int64_t first_row;
+  int64_t last_row;
   int vectors;
   const int8_t* bytes;        // as `quantize` writes them
   const float* token_scales;  // s of every lane
   const float* bias;          // (out), or null
-  float* y_tile;              // (row - row of the first tile)[lane]
+  float* y_tile;              // (row - first_row)[lane]
 };
 
 struct Int8Kernels {

@@ -2,7 +2,7 @@
 // Products of 8-bit tiles on AMX: 16 outputs x 16 tokens x 16 quads an instruction. The
 // inputs of 16 quads are brought together in memory, 64 bytes a quad and vector, unless
 // they lie so already.
-#include "kernels/int8_tile_products.h"
+#include "kernels/int8_column_products.h"
 #include "kernels/variants_isa.h"
 
 namespace pybsp::PYBSP_ISA {
@@ -191,6 +191,7 @@ int64_t rows_together(const Int8Tile* tile, const Int8Tile* end) {
 
 template <int kVectors>
 void multiply_width(const Int8Products& products) {
+  if (products.weights.by_column) return multiply_columns<kVectors>(products);
   const Int8Tile* const end = products.weights.tiles + products.last;
   int64_t configured = 0;
   for (const Int8Tile* tile = products.weights.tiles + products.first; tile != end;) {

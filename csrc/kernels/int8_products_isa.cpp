@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // 8-bit products of vectors; see int8_products.h.
-#include "kernels/int8_tile_products.h"
+#include "kernels/int8_column_products.h"
 #include "kernels/variants_isa.h"
 
 namespace pybsp::PYBSP_ISA {
@@ -9,6 +9,7 @@ namespace {
 template <int kVectors>
 void multiply_width(const Int8Products& products) {
   const Int8View& weights = products.weights;
+  if (weights.by_column) return multiply_columns<kVectors>(products);
   for (int64_t i = products.first; i < products.last; ++i) {
     const Int8Tile& tile = weights.tiles[i];
     multiply_whole_tile<kVectors>(products, tile,

@@ -43,62 +43,82 @@ struct TileWeights {
   }
 };
 
-// kRows outputs from row `sub` of a tile on. Few sums are kept in several copies: an
-// instruction starts before the one that it adds to has finished.
-template <int kRows, int kVectors, bool kConsecutive>
-void multiply_tile(const Int8Products& products, const Int8Tile& tile,
-                   TileWeights tile_weights, int64_t sub) {
+// Adds `quads` quads to the sums of kRows outputs; load_next loads the inputs of the
+// next one. Few sums are kept in several copies: an instruction starts before the one
+// that it adds to has finished.
+template <int kRows, int kVectors, class LoadNext>
+inline void add_quads(TileWeights weights, int64_t quads, LoadNext load_next,
+                      Sums (&sums)[kRows][kVectors]) {
   constexpr int kCopies = kRows * kVectors >= 9 ? 1 : kRows * kVectors >= 4 ? 2 : 4;
-  constexpr int kStep = kConsecutive ? 1 : 4;
-  const Int8View& weights = products.weights;
-  const uint16_t* columns = weights.columns + int64_t{tile.first_quad} * kStep;
-  const int64_t quad_step = tile_weights.quad_step, row_step = tile_weights.row_step;
-  const int8_t* w = tile_weights.first;
-  Sums acc[kCopies][kRows][kVectors];
-  PYBSP_UNROLL
-  for (int copy = 0; copy < kCopies; ++copy) {
-    PYBSP_UNROLL
-    for (int row = 0; row < kRows; ++row) {
-      const int32_t start = first_sum(products, tile.row + sub + row);
-      PYBSP_UNROLL
-      for (int v = 0; v < kVectors; ++v) {
-        acc[copy][row][v] = set1_sums(copy == 0 ? start : 0);
-      }
-    }
-  }
-  const auto add_quad = [&](Sums(&sums)[kRows][kVectors]) {
+  const int64_t quad_step = weights.quad_step, row_step = weights.row_step;
+  const int8_t* w = weights.first;
+  const auto add_quad = [&](Sums(&into)[kRows][kVectors]) {
     Inputs in[kVectors];
-    load_quad<kVectors, kConsecutive>(columns, products.bytes, in);
+    load_next(in);
     PYBSP_UNROLL
     for (int row = 0; row < kRows; ++row) {
       const Weights quad = broadcast_weights(w + row * row_step);
       PYBSP_UNROLL
       for (int v = 0; v < kVectors; ++v) {
-        sums[row][v] = add_dots(sums[row][v], in[v], quad);
+        into[row][v] = add_dots(into[row][v], in[v], quad);
       }
     }
     __builtin_prefetch(w + kWeightsAhead);
-    columns += kStep;
     w += quad_step;
   };
-  int64_t quads = tile.quads;
-  for (; quads >= kCopies; quads -= kCopies) {
+  if constexpr (kCopies > 1) {
+    Sums copies[kCopies - 1][kRows][kVectors];
     PYBSP_UNROLL
-    for (int copy = 0; copy < kCopies; ++copy) add_quad(acc[copy]);
+    for (int copy = 0; copy < kCopies - 1; ++copy) {
+      PYBSP_UNROLL
+      for (int row = 0; row < kRows; ++row) {
+        PYBSP_UNROLL
+        for (int v = 0; v < kVectors; ++v) copies[copy][row][v] = set1_sums(0);
+      }
+    }
+    for (; quads >= kCopies; quads -= kCopies) {
+      add_quad(sums);
+      PYBSP_UNROLL
+      for (int copy = 0; copy < kCopies - 1; ++copy) add_quad(copies[copy]);
+    }
+    PYBSP_UNROLL
+    for (int copy = 0; copy < kCopies - 1; ++copy) {
+      PYBSP_UNROLL
+      for (int row = 0; row < kRows; ++row) {
+        PYBSP_UNROLL
+        for (int v = 0; v < kVectors; ++v) {
+          sums[row][v] = add_sums(sums[row][v], copies[copy][row][v]);
+        }
+      }
+    }
   }
-  for (; quads > 0; --quads) add_quad(acc[0]);
+  for (; quads > 0; --quads) add_quad(sums);
+}
+
+// kRows outputs from row `sub` of a tile on.
+template <int kRows, int kVectors, bool kConsecutive>
+void multiply_tile(const Int8Products& products, const Int8Tile& tile,
+                   const TileWeights& weights, int64_t sub) {
+  constexpr int kStep = kConsecutive ? 1 : 4;
+  const int64_t first = tile.row + sub;
+  const uint16_t* columns = products.weights.columns + int64_t{tile.first_quad} * kStep;
+  Sums sums[kRows][kVectors];
+  PYBSP_UNROLL
+  for (int row = 0; row < kRows; ++row) {
+    const Sums start = set1_sums(first_sum(products, first + row));
+    PYBSP_UNROLL
+    for (int v = 0; v < kVectors; ++v) sums[row][v] = start;
+  }
+  const auto load_next = [&](Inputs(&in)[kVectors]) {
+    load_quad<kVectors, kConsecutive>(columns, products.bytes, in);
+    columns += kStep;
+  };
+  add_quads<kRows, kVectors>(weights, tile.quads, load_next, sums);
   const OutputTile<kVectors> out(products);
   PYBSP_UNROLL
   for (int row = 0; row < kRows; ++row) {
     PYBSP_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      Sums sum = acc[0][row][v];
-      PYBSP_UNROLL
-      for (int copy = 1; copy < kCopies; ++copy) {
-        sum = add_sums(sum, acc[copy][row][v]);
-      }
-      out.put(tile.row + sub + row, v, sum);
-    }
+    for (int v = 0; v < kVectors; ++v) out.put(first + row, v, sums[row][v]);
   }
 }
 

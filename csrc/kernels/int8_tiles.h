@@ -34,8 +34,7 @@ class OutputTile {
   explicit OutputTile(const Int8Products& products)
       : scales_(products.weights.scales),
         bias_(products.bias),
-        y_(products.y_tile -
-           products.weights.tiles[products.first].row * int64_t{kVectors * kLanes}) {
+        y_(products.y_tile - products.first_row * (kVectors * kLanes)) {
     PYBSP_UNROLL
     for (int v = 0; v < kVectors; ++v)
       own_[v] = load(products.token_scales + v * kLanes);

@@ -42,6 +42,10 @@ Int8Weights::Int8Weights(const BlockSparseView& pattern, const int8_t* q,
       scales_(scales, scales + pattern.out_features),
       offsets_(static_cast<size_t>(pattern.out_features), 0),
       order_(variants(active_isa()).int8->order) {
+  schedule_.by_column ? pack_columns(pattern, q) : pack_rows(pattern, q);
+}
+
+void Int8Weights::pack_rows(const BlockSparseView& pattern, const int8_t* q) {
   schedule_.part_tiles.push_back(0);
   for (int64_t part = 0; part < schedule_.num_parts(); ++part) {
     append_tiles(pattern, schedule_.part_rows[static_cast<size_t>(part)],
@@ -64,6 +68,33 @@ Int8Weights::Int8Weights(const BlockSparseView& pattern, const int8_t* q,
       offsets_[static_cast<size_t>(out)] = 128 * sum;
     }
   }
+}
+
+void Int8Weights::pack_columns(const BlockSparseView& pattern, const int8_t* q) {
+  const int64_t c = pattern.block_cols;
+  for (size_t tile = 0; tile + 1 < schedule_.tile_ptr.size(); ++tile) {
+    const int32_t first = schedule_.tile_ptr[tile];
+    const int32_t block = schedule_.blocks[static_cast<size_t>(first)];
+    tiles_.push_back({first, schedule_.tile_ptr[tile + 1] - first,
+                      static_cast<int32_t>(c / kQuad), static_cast<int32_t>(tile),
+                      false, size(Int8Order::by_quad), size(Int8Order::high_by_row)});
+    columns_.push_back(static_cast<uint16_t>(pattern.col_indices[block] * c / kQuad));
+  }
+  weights_ = zeros(order_);
+  for (const Int8Tile& tile : tiles_) {
+    for (int64_t i = 0; i < tile.rows; ++i) {
+      const auto slot = static_cast<size_t>(tile.row + i);
+      const int8_t* const block = q + schedule_.blocks[slot] * c;
+      int32_t sum = 0;
+      for (int64_t k = 0; k < c; ++k) {
+        weights_[begin(tile, order_, i, k / kQuad) + k % kQuad] = block[k];
+        sum += block[k];
+      }
+      offsets_[static_cast<size_t>(schedule_.rows[slot])] += 128 * sum;
+    }
+  }
+  schedule_.tile_ptr = {};  // the tiles say it all
+  schedule_.blocks = {};
 }
 
 // The tiles of block rows [first, last). Low blocks with the same inputs, such as the
@@ -143,7 +174,7 @@ Int8Order Int8Weights::other_order() const {
 
 Int8View Int8Weights::view(Int8Order order) const {
   const int8_t* weights = weights_.get();
-  if (order != order_) {
+  if (order != order_ && !schedule_.by_column) {
     std::call_once(other_once_, [&] {
       other_ = zeros(order);
       for (const Int8Tile& tile : tiles_) {
@@ -157,15 +188,17 @@ Int8View Int8Weights::view(Int8Order order) const {
     });
     weights = other_.get();
   }
-  return {consecutive_, tiles_.data(),  columns_.data(),
-          weights,      scales_.data(), offsets_.data()};
+  return {consecutive_,    schedule_.by_column,   tiles_.data(),
+          columns_.data(), schedule_.rows.data(), weights,
+          scales_.data(),  offsets_.data()};
 }
 
 int64_t Int8Weights::bytes() const {
   return size(order_) + (other_ ? size(other_order()) : 0) +
          static_cast<int64_t>(
              tiles_.size() * sizeof(Int8Tile) + columns_.size() * sizeof(uint16_t) +
-             scales_.size() * sizeof(float) + offsets_.size() * sizeof(int32_t));
+             schedule_.rows.size() * sizeof(int32_t) + scales_.size() * sizeof(float) +
+             offsets_.size() * sizeof(int32_t));
 }
 
 }  // namespace pybsp

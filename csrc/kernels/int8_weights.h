@@ -6,6 +6,9 @@
 // four, a quad is four consecutive features; else it is any four kept columns of a
 // block row, which the kernels bring together at run time, and the last quad of a block
 // row is filled up with weights of zero.
+//
+// By row, a tile is consecutive outputs with the same inputs. By column, for single-row
+// blocks whose rows keep different columns, it is kept blocks of one block column.
 #pragma once
 
 #include <cstdint>
@@ -22,10 +25,10 @@ namespace pybsp {
 // [row][quad][4] with the quads of a row filled up with zeros to whole cache lines.
 enum class Int8Order { by_quad, high_by_row };
 
-// Up to eight consecutive outputs with the same inputs. Those of one block row follow
-// each other and have one first_quad.
+// Up to eight outputs with the same inputs. By row they are consecutive; tiles of one
+// block row follow each other and have one first_quad.
 struct Int8Tile {
-  int32_t row;
+  int32_t row;  // the first output; by column, where in Int8View::rows they are listed
   int32_t rows;
   int32_t quads;
   int32_t first_quad;  // among those of all tiles, see `columns`
@@ -39,9 +42,12 @@ struct Int8Tile {
 
 struct Int8View {
   bool consecutive;  // quads of consecutive features
+  bool by_column;    // consecutive, and no tile is high
   const Int8Tile* tiles;
-  // For each quad the first of its features divided by four, or its four features.
+  // For each quad the first of its features divided by four, or its four features. By
+  // column, for the first quad of each tile, which the others follow.
   const uint16_t* columns;
+  const int32_t* rows;  // by column, the outputs of all tiles
   const int8_t* weights;
   const float* scales;     // (out)
   const int32_t* offsets;  // (out) 128 times the sum of the weights
@@ -54,7 +60,7 @@ class Int8Weights {
   Int8Weights(const BlockSparseView& pattern, const int8_t* q, const float* scales);
 
   bool consecutive() const { return consecutive_; }
-  // By row; part_tiles are boundaries in the tiles.
+  // part_tiles are boundaries in the tiles, whose own pointers and blocks are left out.
   const Schedule& schedule() const { return schedule_; }
   // Made in the order of the active instruction set, and in the other one when that is
   // asked for. Safe to call from several threads; throws std::bad_alloc.
@@ -67,6 +73,8 @@ class Int8Weights {
   };
   using Bytes = std::unique_ptr<int8_t[], Free>;
 
+  void pack_rows(const BlockSparseView& pattern, const int8_t* q);
+  void pack_columns(const BlockSparseView& pattern, const int8_t* q);
   void append_tiles(const BlockSparseView& pattern, int64_t first, int64_t last);
   void append_columns(const BlockSparseView& pattern, int64_t row);
   static int64_t begin(const Int8Tile& tile, Int8Order order, int64_t row,

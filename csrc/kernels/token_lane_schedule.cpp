@@ -9,6 +9,8 @@ namespace {
 constexpr int32_t kTileRows = 8;
 // Parts end where the largest square of outputs that is transposed in registers ends.
 constexpr int64_t kSquare = 16;
+// Columns of single-row blocks of 8 bits from which on they are multiplied by column.
+constexpr int64_t kMinInt8Run = 16;
 
 // Values and output rows after which a part ends.
 struct PartLimits {
@@ -90,32 +92,53 @@ std::vector<int64_t> costs_of_parts(const BlockSparseView& view,
   return costs;
 }
 
-}  // namespace
-
-Schedule token_lane_schedule(const BlockSparseView& view) {
+Schedule schedule_of_parts(const BlockSparseView& view, bool by_column,
+                           PartLimits limits) {
   Schedule schedule;
-  schedule.by_column = view.block_rows == 1 && view.block_cols >= kMinColumnRun;
-  schedule.part_rows = split_rows(view, part_limits(view, schedule.by_column));
+  schedule.by_column = by_column;
+  schedule.part_rows = split_rows(view, limits);
   schedule.part_costs = costs_of_parts(view, schedule.part_rows);
-  if (schedule.by_column) {
-    schedule.part_tiles.push_back(0);
-    schedule.tile_ptr.push_back(0);
-    for (int64_t part = 0; part < schedule.num_parts(); ++part) {
-      append_column_tiles(view, schedule.part_rows[static_cast<size_t>(part)],
-                          schedule.part_rows[static_cast<size_t>(part) + 1], schedule);
-      schedule.part_tiles.push_back(static_cast<int32_t>(schedule.tile_ptr.size()) - 1);
-    }
+  if (!by_column) return schedule;
+  schedule.part_tiles.push_back(0);
+  schedule.tile_ptr.push_back(0);
+  for (int64_t part = 0; part < schedule.num_parts(); ++part) {
+    append_column_tiles(view, schedule.part_rows[static_cast<size_t>(part)],
+                        schedule.part_rows[static_cast<size_t>(part) + 1], schedule);
+    schedule.part_tiles.push_back(static_cast<int32_t>(schedule.tile_ptr.size()) - 1);
   }
   return schedule;
 }
 
+// By row a tile is one row unless its neighbours keep the same columns, as those of a
+// dense layer do, and loads its inputs for single products. By column tiles are full,
+// but load and store their sums, which 16 inputs are enough for.
+bool int8_by_column(const BlockSparseView& view) {
+  if (view.block_rows != 1 || view.block_cols % 4 != 0 ||
+      view.block_cols < kMinInt8Run) {
+    return false;
+  }
+  int64_t alike = 0;
+  for (int64_t row = 1; row < view.out_features; ++row) {
+    const int32_t* const columns = view.col_indices + view.crow_indices[row - 1];
+    const int32_t* const own = view.col_indices + view.crow_indices[row];
+    const int32_t* const end = view.col_indices + view.crow_indices[row + 1];
+    alike += std::equal(columns, own, own, end);
+  }
+  return 2 * alike < view.out_features - 1;
+}
+
+}  // namespace
+
+Schedule token_lane_schedule(const BlockSparseView& view) {
+  const bool by_column = view.block_rows == 1 && view.block_cols >= kMinColumnRun;
+  return schedule_of_parts(view, by_column, part_limits(view, by_column));
+}
+
 Schedule int8_schedule(const BlockSparseView& view) {
-  PartLimits limits = part_limits(view, false);
-  limits.values *= 4;
-  Schedule schedule;
-  schedule.part_rows = split_rows(view, limits);
-  schedule.part_costs = costs_of_parts(view, schedule.part_rows);
-  return schedule;
+  const bool by_column = int8_by_column(view);
+  PartLimits limits = part_limits(view, by_column);
+  if (!by_column) limits.values *= 4;
+  return schedule_of_parts(view, by_column, limits);
 }
 
 }  // namespace pybsp

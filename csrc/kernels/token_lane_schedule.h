@@ -35,7 +35,9 @@ struct Schedule {
 // `view.values` is not read. O(nnz + num_parts * in / c).
 Schedule token_lane_schedule(const BlockSparseView& view);
 
-// Parts by row for weights of 8 bits, of four times as many.
+// For weights of 8 bits: parts by row of four times as many. By column where
+// neighbouring rows keep different columns, in single-row blocks of a multiple of four
+// inputs.
 Schedule int8_schedule(const BlockSparseView& view);
 
 }  // namespace pybsp

@@ -21,6 +21,8 @@ inline Bytes load_bytes(const int8_t* p) {
 inline void store_bytes(int8_t* p, Bytes a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a);
 }
+inline Sums load_sums(const float* p) { return _mm256_castps_si256(load(p)); }
+inline void store_sums(float* p, Sums a) { store(p, _mm256_castsi256_ps(a)); }
 inline Sums set1_sums(int32_t a) { return _mm256_set1_epi32(a); }
 inline Sums add_sums(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
 inline Bytes zip8_low(Bytes a, Bytes b) { return _mm256_unpacklo_epi8(a, b); }

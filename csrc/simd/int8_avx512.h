@@ -17,6 +17,8 @@ using Sums = __m512i;
 
 inline Bytes load_bytes(const int8_t* p) { return _mm512_loadu_si512(p); }
 inline void store_bytes(int8_t* p, Bytes a) { _mm512_storeu_si512(p, a); }
+inline Sums load_sums(const float* p) { return _mm512_castps_si512(load(p)); }
+inline void store_sums(float* p, Sums a) { store(p, _mm512_castsi512_ps(a)); }
 inline Sums set1_sums(int32_t a) { return _mm512_set1_epi32(a); }
 inline Sums add_sums(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
 inline Bytes zip8_low(Bytes a, Bytes b) { return _mm512_unpacklo_epi8(a, b); }

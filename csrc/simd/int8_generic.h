@@ -27,6 +27,9 @@ inline Bytes load_bytes(const int8_t* p) {
   return a;
 }
 inline void store_bytes(int8_t* p, Bytes a) { std::memcpy(p, &a, sizeof(a)); }
+// The bits of sums, where floats will be.
+inline Sums load_sums(const float* p) { return (Sums)load(p); }
+inline void store_sums(float* p, Sums a) { store(p, (Vec)a); }
 inline Sums set1_sums(int32_t a) { return Sums{a, a, a, a}; }
 inline Sums add_sums(Sums a, Sums b) { return a + b; }
 

@@ -20,6 +20,8 @@ constexpr int kInt8Rows = 8;
 
 inline Bytes load_bytes(const int8_t* p) { return vld1q_s8(p); }
 inline void store_bytes(int8_t* p, Bytes a) { vst1q_s8(p, a); }
+inline Sums load_sums(const float* p) { return vreinterpretq_s32_f32(load(p)); }
+inline void store_sums(float* p, Sums a) { store(p, vreinterpretq_f32_s32(a)); }
 inline Sums set1_sums(int32_t a) { return vdupq_n_s32(a); }
 inline Sums add_sums(Sums a, Sums b) { return vaddq_s32(a, b); }
 inline Bytes zip8_low(Bytes a, Bytes b) { return vzip1q_s8(a, b); }

@@ -43,6 +43,7 @@ from .training import (
     encode,
     fit,
     predict,
+    turn_off_dropout,
 )
 from .workspace import RESULTS, Workspace, copy_folder, write_json
 
@@ -137,6 +138,8 @@ class Experiment:
             )
             if self.recipe.one_shot:
                 model = self.one_shot(model, tokenizer, features)
+            if not self.recipe.dropout:
+                turn_off_dropout(model)
             torch.manual_seed(self.recipe.seed)
             fit(
                 model, features, tokenizer, self.fit_settings("pruning"),

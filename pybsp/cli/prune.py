@@ -133,6 +133,7 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
         distill=arguments.distill,
         distill_hidden=arguments.distill_hidden,
         one_shot=arguments.one_shot,
+        dropout=not arguments.no_dropout,
         schedule=arguments.schedule or ("restart" if arguments.paper else "hold"),
         seconds=arguments.seconds,
         onnx=not arguments.no_onnx,

@@ -172,6 +172,11 @@ def add_training(group: Any) -> None:
         "falling once before and once after it (default: hold; restart with --paper)",
     )
     group.add_argument(
+        "--no-dropout",
+        action="store_true",
+        help="train without dropout while pruning; steps are faster too",
+    )
+    group.add_argument(
         "--batch-size",
         type=positive_int,
         default=16,

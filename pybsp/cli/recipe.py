@@ -15,10 +15,11 @@ class Recipe:
     ``distill`` is the weight of the dense model's logits in the loss of the pruning
     run, ``distill_hidden`` that of its hidden states. With ``one_shot`` the dense model
     is cut by reconstruction first, on ``calibration`` training texts, and the run
-    trains what is left. ``schedule`` of the learning rate there: ``"hold"`` keeps it up
-    to the cut and then lets it fall to zero, ``"restart"`` plays the fall once up to
-    the cut and once after it, as two separate runs would. ``checkpoints`` are written
-    per run, for resuming; ``seconds`` is spent timing.
+    trains what is left. ``dropout`` is that of the model, or none while pruning.
+    ``schedule`` of the learning rate there: ``"hold"`` keeps it up to the cut and then
+    lets it fall to zero, ``"restart"`` plays the fall once up to the cut and once after
+    it, as two separate runs would. ``checkpoints`` are written per run, for resuming;
+    ``seconds`` is spent timing.
     """
 
     epochs_dense: float
@@ -31,6 +32,7 @@ class Recipe:
     distill: float
     distill_hidden: float = 0.0
     one_shot: bool = False
+    dropout: bool = True
     calibration: int = 1024
     schedule: str = "hold"
     checkpoints: int = 6

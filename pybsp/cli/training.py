@@ -124,6 +124,13 @@ def predict(
     return in_order
 
 
+def turn_off_dropout(model: torch.nn.Module) -> None:
+    """For this object: what is saved of it keeps its settings."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
 def by_length(features: Features) -> list[int]:
     """Numbers of the examples, short ones first."""
     return sorted(range(len(features)), key=lambda row: len(features[row]["input_ids"]))

@@ -127,12 +127,14 @@ def test_a_cut_before_training_keeps_its_blocks(cli, pruned, model, data, tmp_pa
     dense = pruned.parent / "dense"
     arguments = prune_arguments(
         model, data, tmp_path / "out", "--dense-checkpoint", dense, "--one-shot",
-        "--distill-hidden", "1", "--json",
+        "--distill-hidden", "1", "--no-dropout", "--json",
     )  # fmt: skip
     run = cli(*arguments)
     assert run.status == 0, run.stderr
     assert run.data["config"]["phases"] == [0.0, 0.0, 1.0]
     assert run.data["config"]["packed_retraining"]
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert saved["hidden_dropout_prob"] == 0.1
     assert run.data["sparsity"]["reached"] == pytest.approx(0.8, abs=1e-3)
     assert set(run.data["block_norms"]) == {"fine_tuned"}
     assert set(run.data["scores"]) == {

@@ -10,6 +10,7 @@
 #include "encoder/encoder.h"
 #include "encoder/token_runs.h"
 #include "gemm_cases.h"
+#include "kernels/attention.h"
 #include "kernels/variants.h"
 #include "runtime/isa.h"
 
@@ -351,11 +352,63 @@ void check_token_runs(Report& report) {
   report.require("runs hold all tokens", tokens == kTokens);
 }
 
+// Scores of any size: past 2^21 and without a fraction, far apart or all the same.
+void check_large_scores(Report& report) {
+  const pybsp::Variants& isa = pybsp::variants(pybsp::active_isa());
+  constexpr int64_t kKeys = 5;
+  const float sizes[] = {0.0f,  0.5f, -0.25f, 3e5f, -3e5f, 2e6f,  -2e6f, 2e7f,
+                         -2e7f, 1e9f, -1e9f,  4e9f, -4e9f, 1e30f, -1e30f};
+  constexpr int64_t kSizes = sizeof(sizes) / sizeof(*sizes);
+  const float values[kKeys] = {1.0f, 2.0f, 3.0f, 4.0f, 6.0f};
+  const float all_keys[][kKeys] = {
+      {-2.0f, -1.0f, 3.0f, 7.0f, 7.0f}, {1, 1, 1, 1, 1}, {-2.0f, -1.0f, 0, 0, 0}};
+  const int64_t width = int64_t{isa.lanes} * isa.max_vectors;
+  for (const float* keys : all_keys) {
+    for (int64_t first = 0; first < kSizes; ++first) {
+      std::vector<float> queries, y(static_cast<size_t>(width), -1.0f);
+      std::vector<float> scratch(
+          static_cast<size_t>(pybsp::attention_scratch(1, kKeys, width)) + 16);
+      for (int64_t i = 0; i < width; ++i) {
+        queries.push_back(sizes[(first + i) % kSizes]);
+      }
+      const pybsp::KeyRun run{keys, values, kKeys, kKeys, nullptr};
+      pybsp::AttentionPiece piece{};
+      piece.queries = queries.data();
+      piece.stride = piece.y_stride = piece.count = width;
+      piece.runs = &run;
+      piece.num_runs = 1;
+      piece.head_dim = 1;
+      piece.scale = 1.0f;
+      piece.scratch = reinterpret_cast<float*>(
+          (reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64);
+      piece.y = y.data();
+      isa.attention(piece);
+      Doubles want, bound;
+      for (const float query : queries) {
+        double most = -std::numeric_limits<double>::infinity(), total = 0.0, sum = 0.0;
+        for (int64_t j = 0; j < kKeys; ++j) {
+          most = std::max(most, double{query} * keys[j]);
+        }
+        for (int64_t j = 0; j < kKeys; ++j) {
+          const double weight = std::exp(double{query} * keys[j] - most);
+          total += weight;
+          sum += weight * values[j];
+        }
+        want.push_back(sum / total);
+        bound.push_back(64 * kUnitRoundoff * 6);
+      }
+      report.close("attention to large scores", y.data(), want.data(), bound.data(),
+                   width, width);
+    }
+  }
+}
+
 }  // namespace
 
 void check_encoder(Report& report, bool quick) {
   using pybsp::Activation;
   check_token_runs(report);
+  check_large_scores(report);
   const Architecture kinds[] = {
       {"bert", false, false, false, false, false, false, -1, 3, 8, Activation::gelu},
       {"dense", false, false, false, true, false, true, -1, 2, 12, Activation::relu},

@@ -30,6 +30,10 @@ void fuzz(Report& report, Random& random) {
       {grid_rows * r, grid_cols * c, r, c}, density, tokens,
       random.between(0, 1) == 0 ? Int8Values::random : Int8Values::extreme, seed);
   int8.check(report, tokens);
+  const int64_t run = 4 * random.between(4, 12);
+  Int8Case({random.between(1, 300), run * random.between(2, 5), 1, run}, density,
+           tokens, Int8Values::random, seed)
+      .check(report, tokens);
   const int64_t in = grid_cols * c;
   const ProductCase products({{grid_rows * r, in, r, c},
                               {random.between(1, 90), in, 1, in},

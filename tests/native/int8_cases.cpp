@@ -175,21 +175,31 @@ void check_int8(Report& report, bool quick) {
                               {48, 96, 16, 1},   {96, 192, 1, 96}, {50, 64, 1, 64},
                               {64, 128, 32, 32}, {72, 90, 24, 2},  {36, 60, 12, 12},
                               {21, 35, 3, 5},    {40, 48, 40, 16}, {9, 7, 1, 1},
-                              {10, 68, 2, 4},    {33, 52, 11, 4}};
+                              {10, 68, 2, 4},    {33, 52, 11, 4},  {250, 96, 1, 32},
+                              {37, 208, 1, 16},  {21, 80, 1, 20}};
   uint64_t seed = 7000;
+  bool by_column = false, in_parts = false;
   for (const GemmShape& shape : shapes) {
     for (double density : {0.0, 0.3, 1.0}) {
       for (Int8Values kind : {Int8Values::random, Int8Values::extreme}) {
         const Int8Case one(shape, density, 101, kind, ++seed);
+        by_column = by_column || one.schedule().by_column;
+        in_parts =
+            in_parts || (one.schedule().by_column && one.schedule().num_parts() > 1);
         for (int64_t tokens : {0, 1, 3, 16, 17, 32, 47, 101}) {
           if (!quick || tokens == 17 || tokens == 101) one.check(report, tokens);
         }
       }
     }
   }
+  report.require("int8 by column", by_column);
+  report.require("int8 by column in several parts", in_parts);
   // Sums near the largest that are exact.
   Int8Case({8, 65536, 8, 4}, 1.0, 7, Int8Values::extreme, 7999).check(report, 7);
   Int8Case({8, 65536, 8, 1}, 1.0, 7, Int8Values::extreme, 7998).check(report, 7);
+  const Int8Case columns({9, 65536, 1, 16384}, 0.7, 7, Int8Values::extreme, 7997);
+  report.require("long int8 by column", columns.schedule().by_column);
+  columns.check(report, 7);
 }
 
 }  // namespace selftest

@@ -21,6 +21,7 @@ class Int8Case {
            uint64_t seed);
 
   void check(Report& report, int64_t tokens) const;
+  const pybsp::Schedule& schedule() const { return packed_.schedule(); }
 
  private:
   std::vector<float> expected(int64_t tokens, float input_scale) const;

@@ -12,7 +12,16 @@ from helpers import block_sparse_weight
 
 from pybsp import BlockSparseMatrix, ops
 
-ALL = ["generic", "avx2", "avx512", "neon"]
+ALL = [
+    "generic",
+    "avx2",
+    "avx2_vnni",
+    "avx512",
+    "avx512_vnni",
+    "amx",
+    "neon",
+    "neon_dot",
+]
 
 
 def start(program: str, isa: str | None) -> subprocess.CompletedProcess[str]:
