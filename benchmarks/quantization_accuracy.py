@@ -165,7 +165,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--task", nargs="+", choices=BUDGET, default=list(BUDGET))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--rows", type=int, help="training rows, fewer than usual")
+    parser.add_argument(
+        "--rows", type=int, help="training rows, fewer than usual: nothing is saved"
+    )
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
@@ -177,11 +179,12 @@ def main() -> None:
             for seed in arguments.seeds:
                 run = Run(arguments, task, seed)
                 scores = run.complete()
-                result.save(
-                    f"quantization_accuracy/{run.name}",
-                    {"metric": metric, "rows": len(run.data.train), "scores": scores,
-                     "epochs": list(BUDGET[task][:3])},
-                )  # fmt: skip
+                if arguments.rows is None:
+                    result.save(
+                        f"quantization_accuracy/{run.name}",
+                        {"metric": metric, "rows": len(run.data.train),
+                         "epochs": list(BUDGET[task][:3]), "scores": scores},
+                    )  # fmt: skip
                 figures = [scores[key][metric] for key in ("dense", "float32", *FORMS)]
                 table.add_row(run.name, *(f"{100 * value:.2f}" for value in figures))
     console().print(table)
