@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -234,6 +235,38 @@ def test_neurons_are_left_out_and_saved_as_they_were(tmp_path):
     pybsp.nn.unpack_(loaded)
     saved = loaded.state_dict()
     assert all(torch.equal(saved[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_copies_and_pickles_compute_the_same(clone):
+    model = int8_model(static=True)
+    twin = clone(model)
+    assert torch.equal(logits(twin), logits(model))
+    layer = twin.get_submodule(LAYER)
+    layer.weight_scales.zero_()
+    assert not torch.equal(logits(twin), logits(model))
+
+
+def test_what_is_around_frozen_int8_layers_is_trained(tmp_path):
+    pybsp.save_packed(int8_model(), tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    values = {name: m.weight_values.clone() for name, m in int8_layers(model).items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        model(**text(2, 12), labels=torch.tensor([0, 1])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    for name in ("classifier.weight", "bert.embeddings.word_embeddings.weight"):
+        assert name in moved
+    assert f"{LAYER}.bias" in moved
+    for name, layer in int8_layers(model).items():
+        assert torch.equal(layer.weight_values, values[name])
+    # Natively again, with what was learned.
+    assert torch.isfinite(logits(model.eval())).all()
 
 
 HARM = {
