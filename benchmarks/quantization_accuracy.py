@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pybsp.cli.distillation import DistillingTrainer, add_teacher_logits
 from rich.table import Table
 from transformers import TrainerCallback
 
@@ -28,7 +29,6 @@ from benchmarks.accuracy import METHOD
 from benchmarks.section import console
 from pybsp import QuantizationAwareTraining, QuantizationCallback, preserve_sparsity
 from pybsp.cli import glue, metrics
-from pybsp.cli.distillation import DistillingTrainer, add_teacher_logits
 from pybsp.cli.models import load_classifier, quiet
 from pybsp.cli.timing import torch_threads
 from pybsp.cli.training import Fit, encode, fit, predict

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pybsp.quantization import quantize_tokens
-from pybsp.quantization.activations import LEAST_INPUT, clipped
+from pybsp.quantization.activations import clipped
+from pybsp.reference import LEAST_INPUT
 
 
 def by_definition(token: np.ndarray, input_scale: float) -> tuple[list[int], float]:
