@@ -73,6 +73,9 @@ VARIANTS = {
     "hidden": Variant(RAMP),
     "no_dropout": Variant(RAMP, dropout=False),
     "taylor": Variant({**RAMP, "method": "magnitude", "saliency": "taylor"}, LOGITS),
+    "taylor-hidden": Variant(
+        {**RAMP, "method": "magnitude", "saliency": "taylor"}, dropout=False
+    ),
     "movement": Variant(
         {**RAMP, "method": "magnitude", "saliency": "movement"}, LOGITS
     ),
