@@ -45,7 +45,7 @@ from pybsp.nn import unpack_
 #: Rows to train on and epochs, dense and pruned.
 BUDGET = {"sst2": (16000, 2, 2), "stsb": (None, 3, 4), "mrpc": (None, 3, 8)}
 #: Sentences whose hidden states the one-shot cut reconstructs.
-CALIBRATION = 512
+CALIBRATION = 2048
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,13 @@ VARIANTS = {
     "logits": Variant(RAMP, LOGITS),
     "hidden": Variant(RAMP),
     "no_dropout": Variant(RAMP, dropout=False),
-    "taylor": Variant({**RAMP, "method": "magnitude", "saliency": "taylor"}),
-    "movement": Variant({**RAMP, "method": "magnitude", "saliency": "movement"}),
+    "taylor": Variant({**RAMP, "method": "magnitude", "saliency": "taylor"}, LOGITS),
+    "taylor-hidden": Variant(
+        {**RAMP, "method": "magnitude", "saliency": "taylor"}, dropout=False
+    ),
+    "movement": Variant(
+        {**RAMP, "method": "magnitude", "saliency": "movement"}, LOGITS
+    ),
     "oneshot-logits": replace(ONE_SHOT, distillation=LOGITS, dropout=True),
     "oneshot-dropout": replace(ONE_SHOT, dropout=True),
     "oneshot": ONE_SHOT,
@@ -86,7 +91,7 @@ class Run:
     """One variant on one task."""
 
     def __init__(self, arguments: argparse.Namespace, task: str, name: str) -> None:
-        self.variant_name, self.variant = name, VARIANTS[name]
+        self.variant = VARIANTS[name]
         self.arguments = arguments
         rows, self.dense_epochs, self.epochs = BUDGET[task]
         if arguments.epochs:
@@ -190,12 +195,12 @@ class Run:
     def save(self, scores: dict[str, Any], seconds: float) -> None:
         record = {
             "task": self.data.task.name,
-            "name": self.variant_name,
             "metric": self.data.task.metrics[0],
             "config": self.config.to_dict(),
             "distillation": asdict(self.distillation),
             "variant": asdict(self.variant),
             "epochs": self.epochs,
+            "calibration_texts": CALIBRATION if self.variant.one_shot else 0,
             "train_examples": len(self.data.train),
             "seed": self.arguments.seed,
             "scores": scores,

@@ -226,12 +226,11 @@ def one_shot() -> str:
             str(row.get("texts", "")),
             f"{100 * row[run['metric']]:.1f}",
             f"{row['error']:.2f}",
-            f"{row['cpu_seconds']:.0f}" if row.get("cpu_seconds") else "",
         ]
         for run in load("accuracy/one_shot/*.json")
         for row in run["rows"]
     ]
-    head = ["task", "sparsity", "cut", "texts", "dev score", "error", "CPU seconds"]
+    head = ["task", "sparsity", "cut", "texts", "dev score", "error"]
     return markdown(head, rows)
 
 
@@ -240,7 +239,7 @@ def recovery() -> str:
     rows = [
         [
             f"{run['task']} ({METRICS.get(run['metric'], run['metric'])})",
-            run["name"],
+            run["run"].partition("-")[2],
             f"{run['config']['target_sparsity']:.0%}",
             f"{run['epochs']:g}",
             *(

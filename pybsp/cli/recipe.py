@@ -33,7 +33,7 @@ class Recipe:
     distill_hidden: float = 0.0
     one_shot: bool = False
     dropout: bool = True
-    calibration: int = 1024
+    calibration: int = 2048
     schedule: str = "hold"
     checkpoints: int = 6
     sequence: int = 128

@@ -67,6 +67,9 @@ class BlockPruningConfig:
             raises the sparsity during that phase (Zhu & Gupta 2017, eq. 1).
         ranking: score of a block: its ``"norm"``, its ``"rms"`` (norm over
             ``sqrt(r * c)``), or ``"relative"``: the rms over the layer's mean rms.
+        saliency: what scores a block: the ``"magnitude"`` of its weights (see
+            ``ranking``), or gradients gathered until the cut, by first-order
+            ``"taylor"`` expansion or as ``"movement"`` away from zero.
         packed_retraining: after the cut, train packed layers that hold the kept blocks
             alone instead of masked dense ones: the same steps but for rounding, faster.
             One process, on the CPU, with an optimizer that treats every weight by
