@@ -34,6 +34,9 @@ def register_on_import() -> None:
 
 
 def _register() -> None:
+    ours = sys.modules.get(f"{__package__}.transformers")
+    if ours is not None and not hasattr(ours, "register"):
+        return  # its own import has brought the registry here; it registers at its end
     try:
         importlib.import_module(".transformers", __package__).register()
     except Exception as error:

@@ -299,3 +299,7 @@ def follow_packing(model: nn.Module) -> None:
         quantizer.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         # Still pruned, and what is saved says so.
         model.config.quantization_config = record
+
+
+# Whoever imports this module first has the method, too; see _register.
+register()

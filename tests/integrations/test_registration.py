@@ -38,6 +38,10 @@ del sys.modules["transformers.quantizers"], sys.modules["transformers.quantizers
 import transformers.quantizers
 check()
 """,
+    "a name of ours that needs transformers first": """
+from pybsp import save_packed
+check()
+""",
     "between the lazy package and its modules": """
 import transformers
 assert "transformers.quantizers" not in sys.modules
