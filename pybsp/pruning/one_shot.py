@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -137,19 +136,15 @@ def _in_lockstep(
     """Run the forwards side by side, each waiting at every module of ``names`` until
     all are there; then ``meet(number, inputs of all)`` is called, before any goes on.
 
-    One forward instead of one for each module: a thread holds each, and one runs at a
-    time.
+    One forward instead of one for each module: a thread holds each. A thread that
+    computes in parallel would keep a team of its own, so each computes alone and as
+    many run at a time as a team has threads. ``meet`` runs in the calling thread.
     """
-    turn = threading.Lock()
+    team = torch.get_num_threads()
+    turn = threading.Semaphore(team)
     own = threading.local()
     inputs: list[torch.Tensor] = [torch.empty(0)] * len(runs)
-    numbers = itertools.count()
-
-    @torch.no_grad()
-    def all_are_there() -> None:
-        meet(next(numbers), inputs)
-
-    barrier = threading.Barrier(len(runs), all_are_there)
+    barrier = threading.Barrier(len(runs) + 1)
 
     def see(name: str, x: torch.Tensor) -> None:
         if own.left[0] != name:
@@ -161,7 +156,8 @@ def _in_lockstep(
         inputs[own.index] = _tokens(x, runs[own.index][1])
         turn.release()
         try:
-            barrier.wait()
+            barrier.wait()  # all are there
+            barrier.wait()  # and have met
         finally:
             turn.acquire()
         if not own.left:
@@ -169,6 +165,7 @@ def _in_lockstep(
 
     @torch.no_grad()
     def run(index: int) -> None:
+        torch.set_num_threads(1)
         own.index, own.left = index, list(names)
         with turn:
             try:
@@ -178,12 +175,25 @@ def _in_lockstep(
                 barrier.abort()
                 raise
 
-    with ExitStack() as watching, ThreadPoolExecutor(len(runs)) as threads:
-        for model in {id(model): model for model, _ in runs}.values():
-            watching.enter_context(_watched(model, names, see))
-        errors = [
-            f.exception() for f in [threads.submit(run, i) for i in range(len(runs))]
-        ]
+    errors: list[BaseException | None] = []
+    try:
+        with ExitStack() as watching, ThreadPoolExecutor(len(runs)) as threads:
+            try:
+                for model in {id(model): model for model, _ in runs}.values():
+                    watching.enter_context(_watched(model, names, see))
+                running = [threads.submit(run, i) for i in range(len(runs))]
+                with suppress(threading.BrokenBarrierError):
+                    for number in range(len(names)):
+                        barrier.wait()
+                        meet(number, inputs)
+                        barrier.wait()
+            except BaseException:
+                barrier.abort()
+                raise
+            errors = [future.exception() for future in running]
+    finally:
+        # what a thread sets is also what threads to come start with
+        torch.set_num_threads(team)
     broken = [error for error in errors if error is not None]
     for error in sorted(
         broken, key=lambda e: isinstance(e, threading.BrokenBarrierError)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,3 +162,39 @@ def test_an_order_that_changes_is_refused() -> None:
     second["x"] = second["x"][:2]
     with pytest.raises(ValueError, match="'gate' runs before 'first'"):
         prune_one_shot(Turning(), config(), [first, second])
+
+
+def threads_now() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("Threads:")[1].split()[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_forward_takes_one_thread() -> None:
+    """Not a team of threads each; and the caller computes with as many as before."""
+    model, before = Network(), torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        first = threads_now()
+        inputs = [{"x": torch.randn(4, 400, 32)} for _ in range(40)]
+        with ThreadPoolExecutor(1) as sampler:
+            done = threading.Event()
+
+            def sample() -> int:
+                largest = 0
+                while not done.wait(0.001):
+                    largest = max(largest, threads_now())
+                return largest
+
+            sampled = sampler.submit(sample)
+            try:
+                prune_one_shot(model, config(), inputs)
+            finally:
+                done.set()
+            most = sampled.result()
+        assert torch.get_num_threads() == 4
+        with ThreadPoolExecutor(1) as fresh:
+            assert fresh.submit(torch.get_num_threads).result() == 4
+    finally:
+        torch.set_num_threads(before)
+    assert most - first <= 2 * 40 + 8
