@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,8 +50,9 @@ def prune_one_shot(
 
     Returns the record that joins ``model.config``, as ``BlockPruner.finalize`` does.
 
-    Raises ``ValueError`` for what ``BlockPruner`` refuses, no batches, or a targeted
-    layer that does not run; nothing is changed then.
+    Raises ``ValueError`` for what ``BlockPruner`` refuses, no batches, a targeted layer
+    that does not run, or inputs that nothing can be fitted to. Whatever is raised,
+    ``model`` is as it was.
     """
     model = unwrap_model(model)
     targets = {target.name: target for target in select_targets(model, cfg)}
@@ -63,13 +65,18 @@ def prune_one_shot(
     was_training = model.training
     model.eval()
     try:
-        dense = copy.deepcopy(model)
-        stages = _stages(dense, list(targets), inputs[0])
-        costs = _costs(dense, targets, stages, inputs)
+        stages = _stages(model, list(targets), inputs[0])
+        costs = _costs(model, targets, stages, inputs)
         masks: dict[str, torch.Tensor] = {}
         for pool in groups:
             masks.update(select_masks(costs, pool, cfg.max_layer_sparsity))
-        _refit_all(model, dense, stages, targets, masks, inputs)
+        fitted = copy.deepcopy(model)
+        _refit_all(fitted, model, stages, targets, masks, inputs)
+        for name in targets:
+            new, old = fitted.get_submodule(name), model.get_submodule(name)
+            old.weight.copy_(new.weight)  # type: ignore[operator, arg-type]
+            if old.bias is not None:
+                old.bias.copy_(new.bias)  # type: ignore[operator, arg-type]
     finally:
         model.train(was_training)
     return record_block_shapes(model, targets.values(), cfg.block_shape)
@@ -94,10 +101,27 @@ def _costs(
             layer, target = dense.get_submodule(name), targets[name]
             weight: torch.Tensor = layer.weight  # type: ignore[assignment]
             covariance = moments[stage].covariance(centred=layer.bias is not None)
-            cost = removal_costs(weight, covariance, target.block_shape)
+            with _solving(name, moments[stage]):
+                cost = removal_costs(
+                    weight, covariance, target.block_shape, moments[stage].rounding
+                )
             energy = output_energy(weight, covariance)
             costs[name] = cost / (target.block_size * max(energy, 1e-30))
     return costs
+
+
+@contextmanager
+def _solving(name: str, moments: InputMoments) -> Iterator[None]:
+    """Names the layer whose equations have no solution."""
+    message = f"the inputs of '{name}' cannot be fitted"
+    if not math.isfinite(moments.rounding):
+        raise ValueError(
+            f"{message}: they are not finite; check the model and the batches"
+        )
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ValueError(f"{message}; exclude it or give more batches") from error
 
 
 def _refit_all(
@@ -119,7 +143,8 @@ def _refit_all(
             layer, shape = model.get_submodule(name), targets[name].block_shape
             weight: torch.Tensor = layer.weight  # type: ignore[assignment]
             bias: torch.Tensor | None = layer.bias  # type: ignore[assignment]
-            fitted, shifted = refit(weight, bias, masks[name], shape, moments)
+            with _solving(name, moments):
+                fitted, shifted = refit(weight, bias, masks[name], shape, moments)
             weight.copy_(fitted)
             if bias is not None and shifted is not None:
                 bias.copy_(shifted)

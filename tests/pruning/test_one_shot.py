@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pybsp import BlockPruner, BlockPruningConfig, prune_one_shot
-from pybsp.pruning import model_sparsity
+from pybsp.pruning import model_sparsity, one_shot
 from pybsp.pruning.penalty import block_norms
 
 
@@ -198,3 +198,48 @@ def test_a_forward_takes_one_thread() -> None:
     finally:
         torch.set_num_threads(before)
     assert most - first <= 2 * 40 + 8
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        [torch.zeros(4, 32)],
+        [torch.ones(1, 32)],
+        [100 + 0.01 * torch.randn(64, 32, generator=torch.Generator().manual_seed(0))],
+        [torch.full((64, 32), 1e4)],
+    ],
+    ids=["zeros", "one example", "far from zero", "constant"],
+)
+def test_inputs_that_hardly_vary(inputs: list[torch.Tensor]) -> None:
+    dense, model = Network(), Network()
+    record = prune_one_shot(model, config(), inputs)
+    assert record["sparsity"] == 0.5
+    with torch.no_grad():
+        wanted, got = dense.eval()(inputs[0]), model.eval()(inputs[0])
+    assert float((got - wanted).norm()) <= 0.05 * float(wanted.norm()) + 1e-6
+
+
+@pytest.mark.parametrize("failing", ["nan", "unsolvable"])
+def test_what_cannot_be_fitted_names_the_layer_and_changes_nothing(
+    failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Network()
+    inputs = batches()
+    if failing == "nan":
+        inputs[1]["x"][0, 0, 0] = torch.nan
+        message = "'first' cannot be fitted: they are not finite"
+    else:
+        refit, calls = one_shot.refit, iter(range(3))
+
+        def fail_in_the_last(*arguments: Any) -> Any:
+            if next(calls) == 2:
+                torch.linalg.cholesky(-torch.eye(2))
+            return refit(*arguments)
+
+        monkeypatch.setattr(one_shot, "refit", fail_in_the_last)
+        message = "'last' cannot be fitted; exclude it"
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        prune_one_shot(model, config(), inputs)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
