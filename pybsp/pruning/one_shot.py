@@ -41,12 +41,13 @@ def prune_one_shot(
 
     Parameters
     ----------
-    model : a model whose targeted layers run in every forward; its mode is kept.
+    model : a model whose targeted layers run in every forward; its modes are kept.
     cfg : ``block_shape``, ``target_sparsity``, ``scope``, ``max_layer_sparsity``,
         ``overrides`` and the selection of modules count. With ``scope="global"`` the
         costs of a layer are taken relative to the variance of its outputs.
-    batches : inputs of the model as it is called, dicts (keyword arguments) or tensors.
-        Where a dict has an ``attention_mask``, padding is left out.
+    batches : inputs of the model as it is called: dicts of keyword arguments, tuples or
+        lists of arguments, or the only argument. Where a dict has an
+        ``attention_mask``, padding is left out.
 
     Returns the record that joins ``model.config``, as ``BlockPruner.finalize`` does.
 
@@ -62,7 +63,7 @@ def prune_one_shot(
     inputs = list(batches)
     if not inputs:
         raise ValueError("batches is empty; give a few hundred examples")
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         stages = _stages(model, list(targets), inputs[0])
@@ -78,7 +79,8 @@ def prune_one_shot(
             if old.bias is not None:
                 old.bias.copy_(new.bias)  # type: ignore[operator, arg-type]
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
     return record_block_shapes(model, targets.values(), cfg.block_shape)
 
 
@@ -278,11 +280,16 @@ def _stages(model: nn.Module, names: Sequence[str], batch: Any) -> list[Stage]:
 def _watched(
     model: nn.Module, names: Sequence[str], see: Callable[[str, torch.Tensor], None]
 ) -> Iterator[None]:
-    def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        return lambda _module, arguments: see(name, arguments[0])
+    def hook(name: str) -> Any:
+        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            see(name, args[0] if args else next(iter(kwargs.values())))
+
+        return look
 
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(hook(name))
+        model.get_submodule(name).register_forward_pre_hook(
+            hook(name), with_kwargs=True
+        )
         for name in names
     ]
     try:
@@ -293,4 +300,6 @@ def _watched(
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
-    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)

@@ -243,3 +243,28 @@ def test_what_cannot_be_fitted_names_the_layer_and_changes_nothing(
         prune_one_shot(model, config(), inputs)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+class ByKeyword(Network):
+    """Calls its layers by keyword, on two arguments of its own."""
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        hidden = self.first(input=x).relu() * self.gate(input=gate).sigmoid()
+        return self.last(input=hidden)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_arguments_by_keyword_and_several_of_them(kind: Any) -> None:
+    expected, model = Network(), ByKeyword()
+    prune_one_shot(expected, config(), batches())
+    prune_one_shot(model, config(), [kind([b["x"], b["x"]]) for b in batches()])
+    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_every_module_keeps_its_mode() -> None:
+    model = Network().train()
+    model.gate.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    prune_one_shot(model, config(), batches(1))
+    assert {n: m.training for n, m in model.named_modules()} == modes
