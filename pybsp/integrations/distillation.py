@@ -84,6 +84,11 @@ class Distiller:
     and never trained. Batches without labels learn from it alone. A deep copy of the
     student returns its own loss.
 
+    The teacher's share is a mean over the batch. Under gradient accumulation it is
+    scaled by whatever scales the loss: transformers 5.23 sums the parts of a classifier
+    with labels and does not divide them, unless ``trainer.loss_is_scaled_for_ga`` is
+    False.
+
     Raises:
         ValueError: for a teacher that is the student, and at the first batch when the
             outputs of the two do not fit together.
