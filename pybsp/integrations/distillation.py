@@ -81,7 +81,13 @@ class Distiller:
     """Adds the teacher to the loss that ``student`` returns in training mode.
 
     ``remove()``, or leaving ``with``, ends it. The teacher is put into evaluation mode
-    and never trained. Batches without labels learn from it alone.
+    and never trained. Batches without labels learn from it alone. A deep copy of the
+    student returns its own loss.
+
+    The teacher's share is a mean over the batch. Under gradient accumulation it is
+    scaled by whatever scales the loss: transformers 5.23 sums the parts of a classifier
+    with labels and does not divide them, unless ``trainer.loss_is_scaled_for_ga`` is
+    False.
 
     Raises:
         ValueError: for a teacher that is the student, and at the first batch when the
@@ -117,6 +123,13 @@ class Distiller:
             handle.remove()
         self._handles = []
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Distiller:
+        """One that adds nothing: the hooks in a copy of the student lead to it."""
+        ended = object.__new__(type(self))
+        ended.cfg, ended.teacher = self.cfg, nn.Module()
+        ended.cache, ended._handles = TeacherCache(0), []
+        return ended
+
     def __enter__(self) -> Distiller:
         return self
 
@@ -126,7 +139,7 @@ class Distiller:
     def _before(
         self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not (student.training and self.cfg.hidden_states):
+        if not (self._handles and student.training and self.cfg.hidden_states):
             return None
         return args, {**kwargs, "output_hidden_states": True}
 
@@ -137,7 +150,7 @@ class Distiller:
         kwargs: dict[str, Any],
         output: Any,
     ) -> Any:
-        if not student.training:
+        if not (self._handles and student.training):
             return None
         if not isinstance(output, MutableMapping):
             raise ValueError(

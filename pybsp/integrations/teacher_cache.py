@@ -35,9 +35,9 @@ class TeacherCache:
     """Outputs by example in float16, up to ``limit`` bytes; what does not fit any more
     is not kept.
 
-    An example is known by its token ids and its other integer inputs, so its padding
-    and the batch that it comes in do not matter. Inputs that are not one integer for
-    each token are not cached.
+    An example is known by its token ids, its other integer inputs and the positions of
+    its tokens, so padding behind it and the batch that it comes in do not matter.
+    Inputs that are not one integer for each token are not cached.
     """
 
     def __init__(self, limit: int) -> None:
@@ -58,9 +58,11 @@ class TeacherCache:
             return []
         rows = torch.stack([tensors[k].long() for k in sorted(tensors)], dim=1).cpu()
         kept = mask.bool().cpu()
+        rows = rows * kept[:, None]
+        # one past the last token that counts
+        ends = (kept * torch.arange(1, mask.shape[1] + 1)).amax(1).tolist()
         return [
-            row[:, tokens].numpy().tobytes()
-            for row, tokens in zip(rows, kept, strict=True)
+            row[:, :end].numpy().tobytes() for row, end in zip(rows, ends, strict=True)
         ]
 
     def find(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import itertools
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,17 +41,19 @@ def prune_one_shot(
 
     Parameters
     ----------
-    model : a model whose targeted layers run in every forward; its mode is kept.
+    model : a model whose targeted layers run in every forward; its modes are kept.
     cfg : ``block_shape``, ``target_sparsity``, ``scope``, ``max_layer_sparsity``,
         ``overrides`` and the selection of modules count. With ``scope="global"`` the
         costs of a layer are taken relative to the variance of its outputs.
-    batches : inputs of the model as it is called, dicts (keyword arguments) or tensors.
-        Where a dict has an ``attention_mask``, padding is left out.
+    batches : inputs of the model as it is called: dicts of keyword arguments, tuples or
+        lists of arguments, or the only argument. Where a dict has an
+        ``attention_mask``, padding is left out.
 
     Returns the record that joins ``model.config``, as ``BlockPruner.finalize`` does.
 
-    Raises ``ValueError`` for what ``BlockPruner`` refuses, no batches, or a targeted
-    layer that does not run; nothing is changed then.
+    Raises ``ValueError`` for what ``BlockPruner`` refuses, no batches, a targeted layer
+    that does not run, or inputs that nothing can be fitted to. Whatever is raised,
+    ``model`` is as it was.
     """
     model = unwrap_model(model)
     targets = {target.name: target for target in select_targets(model, cfg)}
@@ -61,18 +63,24 @@ def prune_one_shot(
     inputs = list(batches)
     if not inputs:
         raise ValueError("batches is empty; give a few hundred examples")
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        dense = copy.deepcopy(model)
-        stages = _stages(dense, list(targets), inputs[0])
-        costs = _costs(dense, targets, stages, inputs)
+        stages = _stages(model, list(targets), inputs[0])
+        costs = _costs(model, targets, stages, inputs)
         masks: dict[str, torch.Tensor] = {}
         for pool in groups:
             masks.update(select_masks(costs, pool, cfg.max_layer_sparsity))
-        _refit_all(model, dense, stages, targets, masks, inputs)
+        fitted = copy.deepcopy(model)
+        _refit_all(fitted, model, stages, targets, masks, inputs)
+        for name in targets:
+            new, old = fitted.get_submodule(name), model.get_submodule(name)
+            old.weight.copy_(new.weight)  # type: ignore[operator, arg-type]
+            if old.bias is not None:
+                old.bias.copy_(new.bias)  # type: ignore[operator, arg-type]
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
     return record_block_shapes(model, targets.values(), cfg.block_shape)
 
 
@@ -95,10 +103,27 @@ def _costs(
             layer, target = dense.get_submodule(name), targets[name]
             weight: torch.Tensor = layer.weight  # type: ignore[assignment]
             covariance = moments[stage].covariance(centred=layer.bias is not None)
-            cost = removal_costs(weight, covariance, target.block_shape)
+            with _solving(name, moments[stage]):
+                cost = removal_costs(
+                    weight, covariance, target.block_shape, moments[stage].rounding
+                )
             energy = output_energy(weight, covariance)
             costs[name] = cost / (target.block_size * max(energy, 1e-30))
     return costs
+
+
+@contextmanager
+def _solving(name: str, moments: InputMoments) -> Iterator[None]:
+    """Names the layer whose equations have no solution."""
+    message = f"the inputs of '{name}' cannot be fitted"
+    if not math.isfinite(moments.rounding):
+        raise ValueError(
+            f"{message}: they are not finite; check the model and the batches"
+        )
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ValueError(f"{message}; exclude it or give more batches") from error
 
 
 def _refit_all(
@@ -120,7 +145,8 @@ def _refit_all(
             layer, shape = model.get_submodule(name), targets[name].block_shape
             weight: torch.Tensor = layer.weight  # type: ignore[assignment]
             bias: torch.Tensor | None = layer.bias  # type: ignore[assignment]
-            fitted, shifted = refit(weight, bias, masks[name], shape, moments)
+            with _solving(name, moments):
+                fitted, shifted = refit(weight, bias, masks[name], shape, moments)
             weight.copy_(fitted)
             if bias is not None and shifted is not None:
                 bias.copy_(shifted)
@@ -137,19 +163,15 @@ def _in_lockstep(
     """Run the forwards side by side, each waiting at every module of ``names`` until
     all are there; then ``meet(number, inputs of all)`` is called, before any goes on.
 
-    One forward instead of one for each module: a thread holds each, and one runs at a
-    time.
+    One forward instead of one for each module: a thread holds each. A thread that
+    computes in parallel would keep a team of its own, so each computes alone and as
+    many run at a time as a team has threads. ``meet`` runs in the calling thread.
     """
-    turn = threading.Lock()
+    team = torch.get_num_threads()
+    turn = threading.Semaphore(team)
     own = threading.local()
     inputs: list[torch.Tensor] = [torch.empty(0)] * len(runs)
-    numbers = itertools.count()
-
-    @torch.no_grad()
-    def all_are_there() -> None:
-        meet(next(numbers), inputs)
-
-    barrier = threading.Barrier(len(runs), all_are_there)
+    barrier = threading.Barrier(len(runs) + 1)
 
     def see(name: str, x: torch.Tensor) -> None:
         if own.left[0] != name:
@@ -161,7 +183,8 @@ def _in_lockstep(
         inputs[own.index] = _tokens(x, runs[own.index][1])
         turn.release()
         try:
-            barrier.wait()
+            barrier.wait()  # all are there
+            barrier.wait()  # and have met
         finally:
             turn.acquire()
         if not own.left:
@@ -169,6 +192,7 @@ def _in_lockstep(
 
     @torch.no_grad()
     def run(index: int) -> None:
+        torch.set_num_threads(1)
         own.index, own.left = index, list(names)
         with turn:
             try:
@@ -178,12 +202,25 @@ def _in_lockstep(
                 barrier.abort()
                 raise
 
-    with ExitStack() as watching, ThreadPoolExecutor(len(runs)) as threads:
-        for model in {id(model): model for model, _ in runs}.values():
-            watching.enter_context(_watched(model, names, see))
-        errors = [
-            f.exception() for f in [threads.submit(run, i) for i in range(len(runs))]
-        ]
+    errors: list[BaseException | None] = []
+    try:
+        with ExitStack() as watching, ThreadPoolExecutor(len(runs)) as threads:
+            try:
+                for model in {id(model): model for model, _ in runs}.values():
+                    watching.enter_context(_watched(model, names, see))
+                running = [threads.submit(run, i) for i in range(len(runs))]
+                with suppress(threading.BrokenBarrierError):
+                    for number in range(len(names)):
+                        barrier.wait()
+                        meet(number, inputs)
+                        barrier.wait()
+            except BaseException:
+                barrier.abort()
+                raise
+            errors = [future.exception() for future in running]
+    finally:
+        # what a thread sets is also what threads to come start with
+        torch.set_num_threads(team)
     broken = [error for error in errors if error is not None]
     for error in sorted(
         broken, key=lambda e: isinstance(e, threading.BrokenBarrierError)
@@ -243,11 +280,16 @@ def _stages(model: nn.Module, names: Sequence[str], batch: Any) -> list[Stage]:
 def _watched(
     model: nn.Module, names: Sequence[str], see: Callable[[str, torch.Tensor], None]
 ) -> Iterator[None]:
-    def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        return lambda _module, arguments: see(name, arguments[0])
+    def hook(name: str) -> Any:
+        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            see(name, args[0] if args else next(iter(kwargs.values())))
+
+        return look
 
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(hook(name))
+        model.get_submodule(name).register_forward_pre_hook(
+            hook(name), with_kwargs=True
+        )
         for name in names
     ]
     try:
@@ -258,4 +300,6 @@ def _watched(
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
-    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)

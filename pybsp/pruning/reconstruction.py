@@ -39,12 +39,13 @@ class InputMoments:
 
     def add(self, dense: torch.Tensor, pruned: torch.Tensor) -> None:
         """Add tokens ``(n, in)``; the same tokens in both models."""
-        dense, pruned = dense.float(), pruned.float()
+        same = dense is pruned
+        # In float64: means far larger than the deviations leave nothing of float32.
+        pruned = pruned.double()
+        dense = pruned if same else dense.double()
         square = pruned.T @ pruned
-        cross = square if dense is pruned else dense.T @ pruned
-        # Products of a batch in float32, their sum over batches in float64.
-        sums = [dense.double().sum(0), pruned.double().sum(0)]
-        sums += [square.double(), cross.double()]
+        cross = square if same else dense.T @ pruned
+        sums = [dense.sum(0), pruned.sum(0), square, cross]
         self.count += dense.shape[0]
         if self._sums:
             sums = [old + new for old, new in zip(self._sums, sums, strict=True)]
@@ -54,6 +55,12 @@ class InputMoments:
     def means(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Means of the inputs, dense and pruned."""
         return self._sums[0] / self.count, self._sums[1] / self.count
+
+    @property
+    def rounding(self) -> float:
+        """What rounding may leave, or take, on the diagonals of the covariances."""
+        second = float(self._sums[2].diagonal().mean()) / self.count
+        return second * len(self._sums[2]) * torch.finfo(torch.float64).eps
 
     def covariance(self, centred: bool) -> torch.Tensor:
         """Of the pruned model's inputs."""
@@ -72,10 +79,10 @@ class InputMoments:
         return second - torch.outer(self.means[left], self.means[right])
 
 
-def damped(covariance: torch.Tensor) -> torch.Tensor:
+def damped(covariance: torch.Tensor, rounding: float = 0.0) -> torch.Tensor:
     """``covariance`` with its diagonal raised, so that it can be inverted."""
-    mean = float(covariance.diagonal().mean())
-    return covariance + (DAMPING * mean + 1e-12) * torch.eye(
+    mean = max(float(covariance.diagonal().mean()), 0.0)
+    return covariance + (max(DAMPING * mean, rounding) + 1e-12) * torch.eye(
         len(covariance), dtype=covariance.dtype, device=covariance.device
     )
 
@@ -87,7 +94,10 @@ def output_energy(weight: torch.Tensor, covariance: torch.Tensor) -> float:
 
 
 def removal_costs(
-    weight: torch.Tensor, covariance: torch.Tensor, block_shape: BlockShape
+    weight: torch.Tensor,
+    covariance: torch.Tensor,
+    block_shape: BlockShape,
+    rounding: float = 0.0,
 ) -> torch.Tensor:
     """What removing each block costs at the point where it is its turn: ``(out/r,
     in/c)``, float32.
@@ -97,7 +107,7 @@ def removal_costs(
     """
     grid = grid_shape(weight.shape, block_shape)
     rows = weight.detach().float().reshape(grid[0], block_shape[0], weight.shape[1])
-    inverse = torch.linalg.inv(damped(covariance)).float()
+    inverse = torch.linalg.inv(damped(covariance, rounding)).float()
     at_once = max(1, _WORKING_SET // inverse.numel())
     parts = [
         _costs_of_rows(part, inverse, block_shape[1])
@@ -179,7 +189,7 @@ def refit(
     """The weight with the zeros of ``mask``, and the bias, whose outputs on the pruned
     model's inputs are nearest to those of the dense layer on the dense model's."""
     centred = bias is not None
-    covariance = damped(moments.covariance(centred))
+    covariance = damped(moments.covariance(centred), moments.rounding)
     raised = covariance - moments.covariance(centred)
     dense = weight.detach().double()
     # The damping pulls toward the weight as it was, not toward zero.

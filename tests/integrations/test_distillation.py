@@ -194,3 +194,20 @@ def test_bad_settings_are_refused(settings: Any, message: str) -> None:
 def test_settings_need_a_teacher() -> None:
     with pytest.raises(ValueError, match="distillation needs a teacher"):
         BlockPruningCallback(CFG, distillation=DistillationConfig())
+
+
+def test_a_copy_of_the_student_returns_its_own_loss() -> None:
+    student, inputs = tiny_bert().train(), batch()
+    teacher = moved(student)
+    own = student(**inputs).loss
+    with Distiller(student, teacher):
+        distilled = student(**inputs).loss
+        copied = copy.deepcopy(student)
+        found = copied(**inputs)
+        torch.testing.assert_close(student(**inputs).loss, distilled, rtol=0, atol=0)
+    assert not torch.equal(own, distilled)
+    torch.testing.assert_close(found.loss, own, rtol=0, atol=0)
+    assert found.hidden_states is None
+    for hook in [*copied._forward_hooks.values(), *copied._forward_pre_hooks.values()]:
+        held = hook.__self__.teacher  # type: ignore[attr-defined]
+        assert not list(held.parameters())

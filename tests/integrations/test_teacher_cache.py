@@ -64,3 +64,22 @@ def test_the_cache_keeps_its_limit_and_leaves_out_what_it_cannot_know() -> None:
     fresh = TeacherCache(1 << 20)
     fresh.keep(fresh.keys(inputs), inputs, per_token)
     assert len(fresh) == 0
+
+
+def test_the_same_tokens_at_other_positions_are_another_example() -> None:
+    """Padding in front moves the positions of BERT's tokens, and so its outputs."""
+    student = tiny_bert().train()
+    teacher = Counting(moved(student))
+    cfg = DistillationConfig(cache_bytes=1 << 20)
+    right = batch(labels=False)
+    left = {k: F.pad(v, (3, 0)) for k, v in right.items()}
+    with Distiller(student, teacher):
+        expected = student(**left).loss
+    with Distiller(student, teacher, cfg) as distiller:
+        student(**right)
+        calls = teacher.calls
+        torch.testing.assert_close(student(**left).loss, expected)
+        assert (teacher.calls, len(distiller.cache)) == (calls + 1, 8)
+        again = student(**{k: F.pad(v, (0, 2)) for k, v in left.items()}).loss
+        torch.testing.assert_close(again, expected, rtol=1e-3, atol=1e-5)
+        assert teacher.calls == calls + 1

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +14,7 @@ import torch
 from torch import nn
 
 from pybsp import BlockPruner, BlockPruningConfig, prune_one_shot
-from pybsp.pruning import model_sparsity
+from pybsp.pruning import model_sparsity, one_shot
 from pybsp.pruning.penalty import block_norms
 
 
@@ -158,3 +162,109 @@ def test_an_order_that_changes_is_refused() -> None:
     second["x"] = second["x"][:2]
     with pytest.raises(ValueError, match="'gate' runs before 'first'"):
         prune_one_shot(Turning(), config(), [first, second])
+
+
+def threads_now() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("Threads:")[1].split()[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_forward_takes_one_thread() -> None:
+    """Not a team of threads each; and the caller computes with as many as before."""
+    model, before = Network(), torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        first = threads_now()
+        inputs = [{"x": torch.randn(4, 400, 32)} for _ in range(40)]
+        with ThreadPoolExecutor(1) as sampler:
+            done = threading.Event()
+
+            def sample() -> int:
+                largest = 0
+                while not done.wait(0.001):
+                    largest = max(largest, threads_now())
+                return largest
+
+            sampled = sampler.submit(sample)
+            try:
+                prune_one_shot(model, config(), inputs)
+            finally:
+                done.set()
+            most = sampled.result()
+        assert torch.get_num_threads() == 4
+        with ThreadPoolExecutor(1) as fresh:
+            assert fresh.submit(torch.get_num_threads).result() == 4
+    finally:
+        torch.set_num_threads(before)
+    assert most - first <= 2 * 40 + 8
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        [torch.zeros(4, 32)],
+        [torch.ones(1, 32)],
+        [100 + 0.01 * torch.randn(64, 32, generator=torch.Generator().manual_seed(0))],
+        [torch.full((64, 32), 1e4)],
+    ],
+    ids=["zeros", "one example", "far from zero", "constant"],
+)
+def test_inputs_that_hardly_vary(inputs: list[torch.Tensor]) -> None:
+    dense, model = Network(), Network()
+    record = prune_one_shot(model, config(), inputs)
+    assert record["sparsity"] == 0.5
+    with torch.no_grad():
+        wanted, got = dense.eval()(inputs[0]), model.eval()(inputs[0])
+    assert float((got - wanted).norm()) <= 0.05 * float(wanted.norm()) + 1e-6
+
+
+@pytest.mark.parametrize("failing", ["nan", "unsolvable"])
+def test_what_cannot_be_fitted_names_the_layer_and_changes_nothing(
+    failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Network()
+    inputs = batches()
+    if failing == "nan":
+        inputs[1]["x"][0, 0, 0] = torch.nan
+        message = "'first' cannot be fitted: they are not finite"
+    else:
+        refit, calls = one_shot.refit, iter(range(3))
+
+        def fail_in_the_last(*arguments: Any) -> Any:
+            if next(calls) == 2:
+                torch.linalg.cholesky(-torch.eye(2))
+            return refit(*arguments)
+
+        monkeypatch.setattr(one_shot, "refit", fail_in_the_last)
+        message = "'last' cannot be fitted; exclude it"
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        prune_one_shot(model, config(), inputs)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+class ByKeyword(Network):
+    """Calls its layers by keyword, on two arguments of its own."""
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        hidden = self.first(input=x).relu() * self.gate(input=gate).sigmoid()
+        return self.last(input=hidden)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_arguments_by_keyword_and_several_of_them(kind: Any) -> None:
+    expected, model = Network(), ByKeyword()
+    prune_one_shot(expected, config(), batches())
+    prune_one_shot(model, config(), [kind([b["x"], b["x"]]) for b in batches()])
+    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_every_module_keeps_its_mode() -> None:
+    model = Network().train()
+    model.gate.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    prune_one_shot(model, config(), batches(1))
+    assert {n: m.training for n, m in model.named_modules()} == modes
