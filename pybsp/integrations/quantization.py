@@ -9,8 +9,11 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from ..pruning.config import BlockPruningConfig
 from ..pruning.pruner import pruner_of
+from ..pruning.schedule import PruningSchedule
 from ..quantization import QuantizationAwareTraining
+from .trainer import BlockPruningCallback, calling_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +77,9 @@ class QuantizationCallback(TrainerCallback):
     ) -> None:
         """Begin when it is time."""
         if self.training is None:  # by now a pruning callback has done its part
-            self.training = self._prepare(kwargs["model"], kwargs["optimizer"], state)
+            pruner = pruner_of(kwargs["optimizer"])
+            cfg = None if pruner is None else pruner.cfg
+            self.training = self._prepare(kwargs["model"], cfg, state)
         if state.global_step >= self._first_step:
             self.training.begin()
         self._gate_best(state)
@@ -94,12 +99,14 @@ class QuantizationCallback(TrainerCallback):
         args: TrainingArguments,  # noqa: ARG002
         state: TrainerState,
         control: TrainerControl,  # noqa: ARG002
-        **kwargs: Any,  # noqa: ARG002
+        **kwargs: Any,
     ) -> None:
         """Move the weights to their int8 values."""
         training, self.training = self.training, None
-        if training is None:
-            return
+        if training is None:  # no step ran: the checkpoint was that of the last one
+            training = self._prepare(kwargs["model"], _finished_pruning(), state)
+            if state.global_step >= self._first_step:
+                training.begin()
         if training.active:
             training.finalize()
         else:
@@ -111,19 +118,21 @@ class QuantizationCallback(TrainerCallback):
             )
 
     def _prepare(
-        self, model: Any, optimizer: Any, state: TrainerState
+        self, model: Any, pruning: BlockPruningConfig | None, state: TrainerState
     ) -> QuantizationAwareTraining:
-        pruner = pruner_of(optimizer)
-        if pruner is not None and pruner.cfg.packed_retraining:
+        if pruning is not None and pruning.packed_retraining:
             raise ValueError(
                 "packed_retraining exchanges the layers that int8 training changes; "
                 "turn one of them off"
             )
         if self.start is not None:
             self._first_step = round(self.start * state.max_steps)
+        elif pruning is not None:
+            schedule = PruningSchedule.from_config(pruning, state.max_steps)
+            self._first_step = schedule.cut_step
         else:
-            self._first_step = 0 if pruner is None else pruner.schedule.cut_step
-        cfg = None if pruner is None or self.modules is not None else pruner.cfg
+            self._first_step = 0
+        cfg = pruning if self.modules is None else None
         return QuantizationAwareTraining(
             model,
             modules=cfg.target_modules if cfg else self.modules or "all-linear",
@@ -136,3 +145,11 @@ class QuantizationCallback(TrainerCallback):
             state.best_metric = None
             state.best_global_step = None
             state.best_model_checkpoint = None
+
+
+def _finished_pruning() -> BlockPruningConfig | None:
+    """Of the pruning callback beside this one, whose pruner is gone at the end."""
+    trainer = calling_trainer()
+    beside = [] if trainer is None else trainer.callback_handler.callbacks
+    found = (one.cfg for one in beside if isinstance(one, BlockPruningCallback))
+    return next(found, None)

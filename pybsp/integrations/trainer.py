@@ -105,7 +105,7 @@ class BlockPruningCallback(TrainerCallback):
             )
         if self.pruner is not None:  # an earlier train() that did not come to its end
             self.pruner.detach()
-        trainer = _calling_trainer()
+        trainer = calling_trainer()
         self._check_loss(args, trainer)
         pruner = BlockPruner(kwargs["model"], self.cfg, total_steps=state.max_steps)
         if state.global_step > 0:
@@ -237,7 +237,7 @@ class BlockPruningCallback(TrainerCallback):
         )
 
 
-def _calling_trainer() -> Trainer | None:
+def calling_trainer() -> Trainer | None:
     """The Trainer that is calling this callback, if it can be found.
 
     Callback events carry neither the Trainer nor the folder it resumes from, so both

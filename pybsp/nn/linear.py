@@ -354,6 +354,11 @@ class BlockSparseLinear(nn.Module):
                 state_dict[f"{prefix}{INPUT_SCALE}"] = input_scale
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._matrix = None
+        if self.input_scale is not None and not self.input_scale.is_meta:
+            try:  # at once: compiled code never looks at the buffer
+                self._input_scale = self.static_scale
+            except ValueError as error:
+                error_messages.append(f"{prefix}{INPUT_SCALE}: {error}")
 
     def _matrix_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str

@@ -85,7 +85,7 @@ class LayerPlan:
             if self.report.dtype == "float32":
                 return self.packed
             weight: torch.Tensor = self.packed.weight_values
-            layer = self.packed.quantize(self.report.input_scale or None)
+            layer = self.packed.quantize(self.report.input_scale)
         else:
             assert self.linear is not None
             assert self.report.block_shape is not None

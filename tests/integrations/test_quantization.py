@@ -131,6 +131,29 @@ def test_stopped_and_resumed_equals_one_run(tmp_path: Path) -> None:
             assert torch.equal(value, expected[name]), (step, name)
 
 
+@pytest.mark.parametrize("pruning", ["none", "before", "after"])
+def test_resumed_at_the_last_checkpoint_it_ends_in_int8(
+    tmp_path: Path, pruning: str
+) -> None:
+    def callbacks() -> list[TrainerCallback]:
+        if pruning == "none":
+            return [QuantizationCallback(start=0.5)]
+        both = [BlockPruningCallback(CFG), QuantizationCallback()]
+        return both if pruning == "before" else both[::-1]
+
+    steps = {"max_steps": 16, "save_strategy": "steps", "save_steps": 16}
+    whole = make_trainer(tmp_path, *callbacks(), **steps)
+    whole.train()
+    seen = Seen()
+    resumed = make_trainer(tmp_path, *callbacks(), seen, **steps)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-16"))
+    assert seen.int8 == []
+    assert int8_layers(resumed.model) == 0
+    expected = whole.model.state_dict()
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
 def test_checkpoints_are_those_of_the_stock_model(tmp_path: Path) -> None:
     trainer = make_trainer(
         tmp_path, BlockPruningCallback(CFG), QuantizationCallback(),

@@ -454,7 +454,7 @@ def test_sharding_engines_are_refused(tmp_path: Path, engine: str) -> None:
 def test_logs_survive_without_the_trainer_in_sight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pybsp.integrations.trainer._calling_trainer", lambda: None)
+    monkeypatch.setattr("pybsp.integrations.trainer.calling_trainer", lambda: None)
     trainer = make_trainer(tmp_path, BlockPruningCallback(CFG))
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -477,3 +477,27 @@ def test_int8_compiles_and_exports(input_scale):
         program = torch.export.export(layer, (x,))
         assert torch.equal(program.module()(x), expected)
         assert {*FIELDS, "weight_scales", "bias"} <= set(program.state_dict)
+
+
+@pytest.mark.parametrize("before", [None, 0.03])
+def test_compiled_code_takes_the_input_scale_that_was_loaded(before):
+    layer, x = int8_layer(before).eval(), torch.randn(6, 16)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    state = {field: getattr(layer, field).clone() for field in FIELDS}
+    state |= {"weight_scales": layer.weight_scales, "bias": layer.bias.detach()}
+    state["input_scale"] = torch.tensor(0.5)
+    with torch.no_grad():
+        first = compiled(x)
+        layer.load_state_dict(state)
+        loaded = compiled(x)
+        exported = torch.export.export(copy.deepcopy(layer), (x,)).module()(x)
+        expected = layer(x)
+    assert not torch.equal(first, expected)
+    assert torch.equal(loaded, expected)
+    assert torch.equal(exported, expected)
+
+
+def test_an_input_scale_that_is_none_is_refused_when_it_is_loaded():
+    layer = int8_layer(0.03)
+    with pytest.raises(RuntimeError, match="input_scale: input_scale must be"):
+        layer.load_state_dict({"input_scale": torch.tensor(-1.0)}, strict=False)

@@ -365,6 +365,19 @@ def test_int8_input_scales_from_calibration_or_known():
         assert torch.equal(known(batches[0]), model(batches[0]))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_int8_a_scale_of_zero_makes_a_layer_dynamic(packed):
+    model = small_model()
+    if packed:
+        pack_(model, dtype="int8", min_gain=0, calibration={"0": 0.03, "2": 0.05})
+        pack_(model, dtype="int8", min_gain=0)  # no word on scales: they stay
+        assert model[0].static_scale == torch.tensor(0.03).item()
+    report = pack_(model, dtype="int8", min_gain=0, calibration={"0": 0.0})
+    assert model[0].input_scale is None
+    assert report.layers[0].input_scale == 0
+    assert (model[2].static_scale > 0) == packed
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
