@@ -243,6 +243,12 @@ def _inputs(model: nn.Module, names: Sequence[str], batch: Any) -> list[torch.Te
 
     with _watched(model, names, see), suppress(_AllSeen):
         _call(model, batch)
+    missed = [name for name in names if name not in found]
+    if missed:
+        raise ValueError(
+            f"'{missed[0]}' does not run in one of the batches, and does in the first; "
+            "exclude it, or prune while training"
+        )
     return [found[name] for name in names]
 
 

@@ -268,3 +268,18 @@ def test_every_module_keeps_its_mode() -> None:
     modes = {name: module.training for name, module in model.named_modules()}
     prune_one_shot(model, config(), batches(1))
     assert {n: m.training for n, m in model.named_modules()} == modes
+
+
+class Skipping(Network):
+    """Leaves its last layer out, depending on the input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        hidden = self.first(x) * self.gate(x)
+        return self.last(hidden) if x.shape[0] == 4 else hidden
+
+
+def test_a_layer_that_one_batch_leaves_out_is_refused() -> None:
+    first, second = batches(2)
+    second["x"] = second["x"][:2]
+    with pytest.raises(ValueError, match="'last' does not run in one of the batches"):
+        prune_one_shot(Skipping(), config(), [first, second])
