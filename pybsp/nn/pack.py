@@ -173,11 +173,11 @@ def _is_scales(calibration: Any) -> bool:
 
 def _build(model: nn.Module, plans: list[LayerPlan]) -> None:
     shared: dict[int, BlockSparseLinear] = {}
-    for plan in plans:
-        if plan.report.packed:
-            layer = plan.build(shared)
-            for name in plan.names:
-                model.set_submodule(name, layer)
+    # All before the first is placed, so that an error leaves the model as it was.
+    layers = [(plan, plan.build(shared)) for plan in plans if plan.report.packed]
+    for plan, layer in layers:
+        for name in plan.names:
+            model.set_submodule(name, layer)
 
 
 def unpack_(model: nn.Module) -> nn.Module:

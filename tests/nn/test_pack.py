@@ -9,6 +9,7 @@ import pybsp
 from pybsp.blocks import expand_blocks
 from pybsp.costs import Cost, linear_cost
 from pybsp.nn import BlockSparseLinear, pack, pack_, unpack_
+from pybsp.nn.plan import LayerPlan
 from pybsp.quantization import calibrate
 
 
@@ -418,3 +419,29 @@ def test_named_layers_stay_float32(modules, before):
     with torch.no_grad():
         exact = stacked_model()(x)
         assert_near(model(x), exact)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_int8_leaves_what_has_too_many_inputs_in_float32(before):
+    wide = prune(nn.Linear(65536 + 8, 8))
+    model = nn.ModuleList([prune(nn.Linear(32, 32)), wide])
+    if before:
+        pack_(model, min_gain=0, shrink=False)
+    report = pack_(model, dtype="int8", min_gain=0)
+    assert [layer.is_int8 for layer in model] == [True, False]
+    assert report.layers[1].reason == "8-bit products are exact up to 65536 inputs"
+
+
+def test_an_error_in_a_layer_leaves_all_as_they_were(monkeypatch):
+    model = small_model()
+    build = LayerPlan.build
+
+    def fail(plan, shared):
+        if plan.names == ("2",):
+            raise MemoryError
+        return build(plan, shared)
+
+    monkeypatch.setattr(LayerPlan, "build", fail)
+    with pytest.raises(MemoryError):
+        pack_(model, min_gain=0)
+    assert type(model[0]) is nn.Linear
