@@ -188,6 +188,7 @@ def unpack_(model: nn.Module) -> nn.Module:
     unfuse_encoders_(model)
     unfuse_(model)
     dense: dict[int, nn.Linear] = {}
+    weights: dict[int, nn.Parameter] = {}
     places = [
         (name, module)
         for name, module in model.named_modules(remove_duplicate=False)
@@ -195,7 +196,10 @@ def unpack_(model: nn.Module) -> nn.Module:
     ]
     for name, module in places:
         if id(module) not in dense:
-            dense[id(module)] = module.to_linear()
+            linear = dense[id(module)] = module.to_linear()
+            # Linears that shared a weight share it again.
+            values = id(module.weight_values)
+            linear.weight = weights.setdefault(values, linear.weight)
         model.set_submodule(name, dense[id(module)])
     unshrink_(model)
     _tell(model)

@@ -193,6 +193,20 @@ def test_linears_that_share_a_weight_still_share_it():
     assert model[0].bias is not model[1].bias
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("used", [False, True])
+def test_unpacked_linears_share_the_weight_they_shared(dtype, used):
+    model = nn.Sequential(prune(nn.Linear(32, 32)), nn.Linear(32, 32))
+    model[1].weight = model[0].weight
+    pack_(model, dtype=dtype, min_gain=0)
+    if used:
+        with torch.no_grad():
+            model(torch.randn(3, 32))
+    unpack_(model)
+    assert model[0].weight is model[1].weight
+    assert model[0].bias is not model[1].bias
+
+
 def test_layers_that_cannot_be_replaced_say_why():
     class Special(nn.Linear):
         pass
