@@ -31,7 +31,9 @@ class BlockSparseLinear(nn.Module):
 
     Over an int8 matrix ``weight_values`` is an int8 buffer, which is not trained, with
     ``weight_scales`` ``(out,)``. ``input_scale`` is then a float32 number, or None
-    where each token of ``x`` gets a scale of its own.
+    where each token of ``x`` gets a scale of its own. It computes with a native copy of
+    these, which a write in place renews, but none through ``.data`` or numpy, which
+    torch does not count: replace the tensor instead.
     """
 
     weight_values: torch.Tensor
@@ -73,6 +75,8 @@ class BlockSparseLinear(nn.Module):
             else None
         )
         self.register_buffer(INPUT_SCALE, scale)
+        if matrix.scales is not None:
+            self._counting_writes()
         self.register_parameter(
             "bias", None if bias is None else nn.Parameter(bias.detach().clone())
         )
@@ -250,6 +254,7 @@ class BlockSparseLinear(nn.Module):
         elif self.weight_scales is not None:
             self.weight_values = values = ops.column_major_blocks(values)
             self.weight_scales = self.weight_scales.contiguous()
+            values = self._counting_writes()
         matrix = BlockSparseMatrix(
             self.weight_crow_indices,
             self.weight_col_indices,
@@ -265,6 +270,16 @@ class BlockSparseLinear(nn.Module):
         self._state = _state(values, matrix.scales, self.input_scale)
         self._matrix = matrix
         return matrix
+
+    def _counting_writes(self) -> torch.Tensor:
+        """The int8 values. Inference tensors count no writes: ordinary ones, that do,
+        take their place and that of the scales."""
+        with torch.inference_mode(False):
+            for name in ("weight_values", SCALES, INPUT_SCALE):
+                tensor = self._buffers[name]
+                if tensor is not None and tensor.is_inference():
+                    setattr(self, name, tensor.clone())
+        return self.weight_values
 
     @property
     def is_int8(self) -> bool:

@@ -173,11 +173,11 @@ def _is_scales(calibration: Any) -> bool:
 
 def _build(model: nn.Module, plans: list[LayerPlan]) -> None:
     shared: dict[int, BlockSparseLinear] = {}
-    for plan in plans:
-        if plan.report.packed:
-            layer = plan.build(shared)
-            for name in plan.names:
-                model.set_submodule(name, layer)
+    # All before the first is placed, so that an error leaves the model as it was.
+    layers = [(plan, plan.build(shared)) for plan in plans if plan.report.packed]
+    for plan, layer in layers:
+        for name in plan.names:
+            model.set_submodule(name, layer)
 
 
 def unpack_(model: nn.Module) -> nn.Module:
@@ -188,6 +188,7 @@ def unpack_(model: nn.Module) -> nn.Module:
     unfuse_encoders_(model)
     unfuse_(model)
     dense: dict[int, nn.Linear] = {}
+    weights: dict[int, nn.Parameter] = {}
     places = [
         (name, module)
         for name, module in model.named_modules(remove_duplicate=False)
@@ -195,7 +196,10 @@ def unpack_(model: nn.Module) -> nn.Module:
     ]
     for name, module in places:
         if id(module) not in dense:
-            dense[id(module)] = module.to_linear()
+            linear = dense[id(module)] = module.to_linear()
+            # Linears that shared a weight share it again.
+            values = id(module.weight_values)
+            linear.weight = weights.setdefault(values, linear.weight)
         model.set_submodule(name, dense[id(module)])
     unshrink_(model)
     _tell(model)

@@ -24,6 +24,9 @@ from .detect import detect_block_shape
 from .linear import FIELDS, SCALES, BlockSparseLinear
 from .report import LayerReport
 
+#: Inputs of a layer up to which int8 products are exact.
+MOST_INT8_INPUTS = 65536
+
 
 class NothingToPack(ValueError):
     """The model has no layer with zero blocks."""
@@ -171,12 +174,18 @@ def _as_int8(plan: LayerPlan, usual: BlockShape | None) -> LayerPlan:
     if plan.packed is not None:
         if plan.packed.is_int8:
             return plan
+    elif plan.fixed:
+        return plan
+    if (report.packed or usual is not None) and report.shape[1] > MOST_INT8_INPUTS:
+        reason = f"8-bit products are exact up to {MOST_INT8_INPUTS} inputs"
+        return replace(plan, report=replace(report, reason=reason))
+    if plan.packed is not None:
         # One byte instead of four for each weight, and a scale for each row.
         less = 3 * plan.packed.weight_values.numel() - 4 * rows
         smaller = replace(report, packed_bytes=report.packed_bytes - less, reason="")
         return replace(plan, report=replace(smaller, dtype="int8"))
     if not report.packed:
-        if plan.fixed or usual is None or plan.linear is None:
+        if usual is None or plan.linear is None:
             return plan
         try:
             shape = resolve_block_shape(report.block_shape or usual, report.shape)

@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from ..reference import LEAST_INPUT
+from .activations import DYNAMIC
 from .weights import LEVELS
 
 Method = Literal["mse", "max", "percentile"]
@@ -59,7 +61,8 @@ class InputObserver:
             self.counts += counted.double().cpu()
 
     def scale(self, method: Method = "percentile") -> float:
-        """The static scale: ``clip / 127``; 0 when nothing but zeros was seen.
+        """The static scale: ``clip / 127``; 0, which is dynamic, when nothing but zeros
+        was seen, or numbers so small that the product takes them for zeros.
 
         ``"max"`` clips nothing, ``"percentile"`` the share above ``PERCENTILE``, and
         ``"mse"`` where the expected squared error of rounding and clipping is least.
@@ -70,7 +73,7 @@ class InputObserver:
                 f"{method!r}"
             )
         if self.largest == 0.0 or method == "max":
-            return self.largest / LEVELS
+            return _usable(self.largest / LEVELS)
         centres = (torch.arange(_BINS, dtype=torch.float64) + 0.5) * self.limit / _BINS
         if method == "percentile":
             shares = self.counts.cumsum(0) / self.counts.sum()
@@ -82,7 +85,11 @@ class InputObserver:
             # a rounding error is uniform within a step; zeros have none
             within = (clips / LEVELS).square() / 12 * self.counts[1:].sum()
             clip = float(clips[(above + within).argmin()])
-        return clip / LEVELS
+        return _usable(clip / LEVELS)
+
+
+def _usable(scale: float) -> float:
+    return scale if scale >= LEAST_INPUT else DYNAMIC
 
 
 def calibrate(
@@ -161,6 +168,11 @@ def run(model: nn.Module, batches: Iterable[Any]) -> list[Any]:
     try:
         model.eval()
         for batch in batches:
+            if batch is None:
+                raise TypeError(
+                    "a batch is None; give what the model is called with: a mapping of "
+                    "keywords, a tuple of arguments, or the only argument"
+                )
             if isinstance(batch, Mapping):
                 outputs.append(model(**batch))
             elif isinstance(batch, (tuple, list)):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import ops
 from ..pruning.config import BlockPruningConfig
 from ..pruning.targets import select_targets, unwrap_model
 from .activations import DYNAMIC
@@ -196,9 +197,13 @@ def _checked_scales(
                 f"input_scales names '{name}', which is not one of the "
                 f"{len(modules)} layers to train in int8, such as '{modules[0]}'"
             )
-        if not 0 <= scale < float("inf"):
-            raise ValueError(
-                f"an input scale must be a positive number, or 0 for a dynamic one; "
-                f"got {scale!r} for '{name}'"
-            )
+        try:
+            if not hasattr(scale, "__float__"):
+                raise ValueError(
+                    "input_scale must be a number, or left out for one scale for each "
+                    f"token; got {scale!r}"
+                )
+            ops.check_input_scale(scale)
+        except ValueError as error:
+            raise ValueError(f"module '{name}': {error}") from None
     return {name: float(scale) for name, scale in scales.items()}

@@ -501,3 +501,21 @@ def test_an_input_scale_that_is_none_is_refused_when_it_is_loaded():
     layer = int8_layer(0.03)
     with pytest.raises(RuntimeError, match="input_scale: input_scale must be"):
         layer.load_state_dict({"input_scale": torch.tensor(-1.0)}, strict=False)
+
+
+@pytest.mark.parametrize("field", ["weight_values", "weight_scales", "input_scale"])
+def test_int8_made_in_inference_mode_notices_writes(field):
+    with torch.inference_mode():
+        layer = int8_layer(0.03)
+        layer.bias = None
+        x = torch.randn(3, 16)
+        before = layer(x)
+        getattr(layer, field).fill_(3)
+        after = layer(x)
+    assert not torch.equal(before, after)
+    values, scales = layer.weight_values.clone(), layer.weight_scales.clone()
+    fresh = pybsp.BlockSparseMatrix(
+        layer.weight_crow_indices, layer.weight_col_indices, values, (24, 16), scales
+    )
+    expected = pybsp.ops.block_sparse_linear(x, fresh, input_scale=layer.static_scale)
+    assert torch.equal(after, expected)

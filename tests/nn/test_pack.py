@@ -9,6 +9,7 @@ import pybsp
 from pybsp.blocks import expand_blocks
 from pybsp.costs import Cost, linear_cost
 from pybsp.nn import BlockSparseLinear, pack, pack_, unpack_
+from pybsp.nn.plan import LayerPlan
 from pybsp.quantization import calibrate
 
 
@@ -189,6 +190,20 @@ def test_linears_that_share_a_weight_still_share_it():
     model[1].weight = model[0].weight
     pack_(model, min_gain=0)
     assert model[0].weight_values is model[1].weight_values
+    assert model[0].bias is not model[1].bias
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("used", [False, True])
+def test_unpacked_linears_share_the_weight_they_shared(dtype, used):
+    model = nn.Sequential(prune(nn.Linear(32, 32)), nn.Linear(32, 32))
+    model[1].weight = model[0].weight
+    pack_(model, dtype=dtype, min_gain=0)
+    if used:
+        with torch.no_grad():
+            model(torch.randn(3, 32))
+    unpack_(model)
+    assert model[0].weight is model[1].weight
     assert model[0].bias is not model[1].bias
 
 
@@ -418,3 +433,29 @@ def test_named_layers_stay_float32(modules, before):
     with torch.no_grad():
         exact = stacked_model()(x)
         assert_near(model(x), exact)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_int8_leaves_what_has_too_many_inputs_in_float32(before):
+    wide = prune(nn.Linear(65536 + 8, 8))
+    model = nn.ModuleList([prune(nn.Linear(32, 32)), wide])
+    if before:
+        pack_(model, min_gain=0, shrink=False)
+    report = pack_(model, dtype="int8", min_gain=0)
+    assert [layer.is_int8 for layer in model] == [True, False]
+    assert report.layers[1].reason == "8-bit products are exact up to 65536 inputs"
+
+
+def test_an_error_in_a_layer_leaves_all_as_they_were(monkeypatch):
+    model = small_model()
+    build = LayerPlan.build
+
+    def fail(plan, shared):
+        if plan.names == ("2",):
+            raise MemoryError
+        return build(plan, shared)
+
+    monkeypatch.setattr(LayerPlan, "build", fail)
+    with pytest.raises(MemoryError):
+        pack_(model, min_gain=0)
+    assert type(model[0]) is nn.Linear

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from pybsp.ops import check_input_scale
 from pybsp.quantization import calibrate
 from pybsp.quantization.calibration import InputObserver
 
@@ -74,6 +75,15 @@ def test_nothing_but_zeros_is_dynamic():
 
 
 @pytest.mark.parametrize("method", ["mse", "max", "percentile"])
+def test_what_the_product_takes_for_zeros_is_dynamic(method):
+    least = 2.0**-100
+    assert observed(torch.full((64,), 100 * least)).scale(method) == 0.0
+    scale = observed(torch.full((64,), 1000 * least)).scale(method)
+    assert scale >= least
+    check_input_scale(scale)
+
+
+@pytest.mark.parametrize("method", ["mse", "max", "percentile"])
 def test_calibrate(method):
     model = Model().train()
     model.drop.eval()
@@ -100,6 +110,7 @@ def test_errors_leave_no_hooks():
         (ValueError, "NaN or infinite", [bad], ["first"]),
         (RuntimeError, "the loader broke", failing(), ["first", "second"]),
         (ValueError, "no batches", [], ["first"]),
+        (TypeError, "a batch is None; give what", [None], ["first"]),
         (ValueError, "no module 'third'", [torch.ones(2, 6)], ["first", "third"]),
         (ValueError, "no batch reached the module 'unused'",
          [torch.ones(2, 6)], ["first", "unused"]),

@@ -309,9 +309,10 @@ def test_static_scales():
     assert qat.finalize()[name] == 0.05
     with pytest.raises(ValueError, match="names 'classifier'"):
         QuantizationAwareTraining(model, input_scales={"classifier": 0.05})
-    for scale in (-1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match="must be a positive number"):
+    for scale in (-1.0, math.nan, math.inf, 1e-40, None, "0.1"):
+        with pytest.raises(ValueError, match="input_scale must be a number") as caught:
             QuantizationAwareTraining(model, input_scales={name: scale})
+        assert str(caught.value).startswith(f"module '{name}': ")
 
 
 def test_meaning_errors():
