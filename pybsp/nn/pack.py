@@ -188,7 +188,7 @@ def unpack_(model: nn.Module) -> nn.Module:
     unfuse_encoders_(model)
     unfuse_(model)
     dense: dict[int, nn.Linear] = {}
-    weights: dict[int, nn.Parameter] = {}
+    weights: dict[int, Any] = {}
     places = [
         (name, module)
         for name, module in model.named_modules(remove_duplicate=False)
