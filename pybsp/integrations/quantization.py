@@ -13,7 +13,7 @@ from ..pruning.config import BlockPruningConfig
 from ..pruning.pruner import pruner_of
 from ..pruning.schedule import PruningSchedule
 from ..quantization import QuantizationAwareTraining
-from .trainer import BlockPruningCallback, calling_trainer
+from .trainer import BlockPruningCallback, calling_trainer, forget_best
 
 logger = logging.getLogger(__name__)
 
@@ -142,9 +142,7 @@ class QuantizationCallback(TrainerCallback):
 
     def _gate_best(self, state: TrainerState) -> None:
         if self.training is not None and not self.training.active:
-            state.best_metric = None
-            state.best_global_step = None
-            state.best_model_checkpoint = None
+            forget_best(state)
 
 
 def _finished_pruning() -> BlockPruningConfig | None:

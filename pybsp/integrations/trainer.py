@@ -216,9 +216,7 @@ class BlockPruningCallback(TrainerCallback):
 
     def _gate_best(self, state: TrainerState) -> None:
         if self.pruner is not None and not self.pruner.at_target:
-            state.best_metric = None
-            state.best_global_step = None
-            state.best_model_checkpoint = None
+            forget_best(state)
 
     def _state_path(
         self, args: TrainingArguments, state: TrainerState, trainer: Trainer | None
@@ -235,6 +233,13 @@ class BlockPruningCallback(TrainerCallback):
             f"'{tried}'; resume from a checkpoint that was written with this callback "
             "(resume_from= names its folder), or start from its weights with a new run"
         )
+
+
+def forget_best(state: TrainerState) -> None:
+    """The best checkpoint so far was of a model that is not what is trained for."""
+    state.best_metric = None
+    state.best_global_step = None
+    state.best_model_checkpoint = None
 
 
 def calling_trainer() -> Trainer | None:
