@@ -73,6 +73,7 @@ class BlockSparsePattern:
         col_indices: NDArray[Any],
         shape: tuple[int, int],
         block_shape: tuple[int, int],
+        bfloat16: bool = False,
     ) -> None: ...
     def multiply(
         self,

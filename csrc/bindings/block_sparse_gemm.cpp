@@ -36,8 +36,9 @@ void register_block_sparse_gemm(py::module_& module) {
   using py::arg;
   py::class_<BlockSparsePattern>(module, "BlockSparsePattern")
       .def(py::init<py::array, py::array, std::pair<int64_t, int64_t>,
-                    std::pair<int64_t, int64_t>>(),
-           arg("crow_indices"), arg("col_indices"), arg("shape"), arg("block_shape"))
+                    std::pair<int64_t, int64_t>, bool>(),
+           arg("crow_indices"), arg("col_indices"), arg("shape"), arg("block_shape"),
+           arg("bfloat16") = false)
       .def("multiply", &BlockSparsePattern::multiply, arg("values"), arg("x"),
            arg("tokens"), arg("bias"), arg("activation"), arg("residual"), arg("y"),
            arg("threads"))

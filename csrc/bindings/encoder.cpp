@@ -37,9 +37,8 @@ EncoderLinear linear(const LinearArguments& arguments) {
             product.input_scale};
   }
   const auto& [pattern, values, bias] = std::get<FloatLinear>(arguments);
-  BlockSparseView weight = pattern->view();
-  weight.values = floats(values);
-  return {weight, &pattern->token_lanes(), floats(bias), nullptr, 0.0f};
+  return {pattern->weight(values), &pattern->token_lanes(), floats(bias), nullptr,
+          0.0f};
 }
 
 LayerNorm layer_norm(const NormArguments& arguments) {

@@ -44,9 +44,10 @@ inline void check_pattern(const int32_t* crow, int64_t grid_rows, const int32_t*
 // A checked pattern with its schedule, bound to arrays that it keeps alive.
 class BlockSparsePattern {
  public:
+  // bfloat16: of the values, else float32.
   BlockSparsePattern(py::array crow, py::array col, std::pair<int64_t, int64_t> shape,
-                     std::pair<int64_t, int64_t> block)
-      : crow_(std::move(crow)), col_(std::move(col)) {
+                     std::pair<int64_t, int64_t> block, bool bfloat16 = false)
+      : crow_(std::move(crow)), col_(std::move(col)), bfloat16_(bfloat16) {
     view_.crow_indices = input<int32_t>(crow_, "crow_indices", 1);
     view_.col_indices = input<int32_t>(col_, "col_indices", 1);
     view_.out_features = shape.first;
@@ -69,7 +70,18 @@ class BlockSparsePattern {
     nnz_ = col_.shape(0);
     check_pattern(view_.crow_indices, grid_rows, view_.col_indices, nnz_,
                   shape.second / block.second);
-    schedule_ = token_lane_schedule(view_);
+    schedule_ = bfloat16 ? bfloat16_schedule(view_) : token_lane_schedule(view_);
+  }
+
+  // With the values at this address.
+  BlockSparseView weight(uintptr_t values) const {
+    BlockSparseView view = view_;
+    if (bfloat16_) {
+      view.bfloat16 = reinterpret_cast<const Bfloat16*>(values);
+    } else {
+      view.values = reinterpret_cast<const float*>(values);
+    }
+    return view;
   }
 
   // The weight, bias, residual and output of one product. Raw addresses, because this
@@ -77,12 +89,10 @@ class BlockSparsePattern {
   // of every tensor.
   Product product(uintptr_t values, uintptr_t bias, int activation, uintptr_t residual,
                   uintptr_t y) const {
-    BlockSparseView view = view_;
-    view.values = reinterpret_cast<const float*>(values);
     const Epilogue epilogue{reinterpret_cast<const float*>(bias),
                             static_cast<Activation>(activation),
                             reinterpret_cast<const float*>(residual)};
-    return {view, &schedule_, epilogue, reinterpret_cast<float*>(y)};
+    return {weight(values), &schedule_, epilogue, reinterpret_cast<float*>(y)};
   }
 
   // y = activation(x W^T + bias) + residual.
@@ -94,13 +104,16 @@ class BlockSparsePattern {
   }
 
   // dx = dy W; dW at the kept blocks and, unless its address is 0, dbias. Addresses as
-  // above.
+  // above, of float32 values.
   void grad_x(uintptr_t values, uintptr_t dy, int64_t tokens, uintptr_t dx,
               int threads) const {
-    BlockSparseView view = view_;
-    view.values = reinterpret_cast<const float*>(values);
+    if (bfloat16_) {
+      throw std::invalid_argument(
+          "gradients need float32 values; these are bfloat16: call .float() first");
+    }
     py::gil_scoped_release release;
-    block_sparse_grad_x(view, transposed(), reinterpret_cast<const float*>(dy), tokens,
+    block_sparse_grad_x(weight(values), transposed(),
+                        reinterpret_cast<const float*>(dy), tokens,
                         reinterpret_cast<float*>(dx), threads);
   }
 
@@ -137,6 +150,7 @@ class BlockSparsePattern {
 
   py::array crow_, col_;
   BlockSparseView view_{};
+  bool bfloat16_;
   int64_t nnz_ = 0;
   Schedule schedule_;
   mutable std::once_flag transposed_once_;

@@ -50,6 +50,14 @@ struct Part {
   int64_t cost_before;  // of the parts before it
 };
 
+// Where the weights of a part lie among all.
+Range values_of(const Part& part) {
+  const BlockSparseView& weight = part.product->weight;
+  const int64_t size = weight.block_rows * weight.block_cols;
+  return {weight.crow_indices[part.first_row] * size,
+          weight.crow_indices[part.last_row] * size};
+}
+
 // One way to quantise the inputs of a tile: floats [first, end) of all that is
 // quantised of it are the scales of the lanes and then the bytes.
 struct Int8Inputs {
@@ -100,12 +108,14 @@ class Multiplication {
   void few_tokens(const float* x, int64_t first_token);
   void in_tiles(const float* x, int64_t tokens);
   void multiply_group(const std::vector<TokenTile>& tiles, Range parts, const float* x,
-                      float* x_tiles, int64_t held, float* y_tile,
-                      float* int8_tiles) const;
-  void multiply_tile(const Part& part, const TokenTile& tile, const float* x_tiles,
+                      float* x_tiles, int64_t held, float* y_tile, float* int8_tiles,
+                      float* wide) const;
+  void multiply_tile(const Part& part, const BlockSparseView& weight,
+                     const TokenTile& tile, const float* x_tiles,
                      const float* int8_tile, float* scratch) const;
-  void multiply(const Part& part, int vectors, const float* x_tile,
-                const float* int8_tile, float* y_tile) const;
+  void multiply(const Part& part, const BlockSparseView& weight, int vectors,
+                const float* x_tile, const float* int8_tile, float* y_tile) const;
+  BlockSparseView widened(const Part& part, float* wide) const;
   void find_int8_inputs();
   const Int8Inputs* int8_inputs(const Product& product) const;
   int64_t int8_floats() const;
@@ -114,6 +124,7 @@ class Multiplication {
   Range parts_of(int64_t team, int64_t teams) const;
   int64_t tiles_in_l2() const;
   int64_t max_part_rows() const;
+  int64_t max_wide_values() const;
 
   const Product* products_;
   int64_t count_;
@@ -186,7 +197,8 @@ void Multiplication::in_tiles(const float* x, int64_t tokens) {
       std::min(tiles_in_l2(), (most + isa_.max_vectors - 1) / isa_.max_vectors);
   const int64_t x_floats = in_lines(held * in_ * width);
   const int64_t y_floats = in_lines(max_part_rows() * width);
-  const int64_t floats = x_floats + y_floats + held * int8_floats();
+  const int64_t before_wide = x_floats + y_floats + held * int8_floats();
+  const int64_t floats = before_wide + max_wide_values();
   float* const scratch = scratch_floats(threads_ * floats);
   const auto tiles = split_groups(tokens, split.groups, isa_);
   parallel(threads_, [&](int thread, int count) {
@@ -195,7 +207,7 @@ void Multiplication::in_tiles(const float* x, int64_t tokens) {
     for (int64_t share = thread; share < threads_; share += count) {
       multiply_group(tiles[static_cast<size_t>(share % split.groups)],
                      parts_of(share / split.groups, split.teams), x, mine, held,
-                     mine + x_floats, mine + x_floats + y_floats);
+                     mine + x_floats, mine + x_floats + y_floats, mine + before_wide);
     }
   });
 }
@@ -203,7 +215,8 @@ void Multiplication::in_tiles(const float* x, int64_t tokens) {
 // `parts` for all `tiles`, `held` of them at a time.
 void Multiplication::multiply_group(const std::vector<TokenTile>& tiles, Range parts,
                                     const float* x, float* x_tiles, int64_t held,
-                                    float* y_tile, float* int8_tiles) const {
+                                    float* y_tile, float* int8_tiles,
+                                    float* wide) const {
   const int64_t all = static_cast<int64_t>(tiles.size());
   for (int64_t begin = 0; begin < all; begin += held) {
     const int64_t end = std::min(all, begin + held);
@@ -218,7 +231,7 @@ void Multiplication::multiply_group(const std::vector<TokenTile>& tiles, Range p
     }
     for (int64_t p = parts.first; p < parts.last; ++p) {
       const Part& part = parts_[static_cast<size_t>(p)];
-      const BlockSparseView& weight = part.product->weight;
+      const BlockSparseView weight = widened(part, wide);
       const Epilogue& epilogue = part.product->epilogue;
       const int64_t row = part.first_row * weight.block_rows;
       const int64_t rows = (part.last_row - part.first_row) * weight.block_rows;
@@ -226,7 +239,7 @@ void Multiplication::multiply_group(const std::vector<TokenTile>& tiles, Range p
         const TokenTile& tile = tiles[static_cast<size_t>(i)];
         const int64_t at = tile.first * weight.out_features + row;
         prefetch_rows(part.product->y + at, tile.tokens, rows, weight.out_features);
-        multiply(part, tile.vectors, x_tile(tile),
+        multiply(part, weight, tile.vectors, x_tile(tile),
                  int8_tiles + (i - begin) * int8_floats(), y_tile);
         isa_.unpack_tokens(y_tile, rows, tile.tokens, tile.vectors, epilogue.activation,
                            epilogue.residual ? epilogue.residual + at : nullptr,
@@ -243,7 +256,8 @@ void Multiplication::run_tiles(const float* x_tiles) {
       split_threads(2 * static_cast<int64_t>(tiles.size()), threads_);
   const int64_t held = tiles_in_l2();
   const int64_t part_floats = in_lines(max_part_rows() * isa_.lanes * isa_.max_vectors);
-  const int64_t floats = part_floats + held * int8_floats();
+  const int64_t before_wide = part_floats + held * int8_floats();
+  const int64_t floats = before_wide + max_wide_values();
   float* const scratch = scratch_floats(threads_ * floats);
   parallel(threads_, [&](int thread, int count) {
     for (int64_t share = thread; share < threads_; share += count) {
@@ -261,8 +275,10 @@ void Multiplication::run_tiles(const float* x_tiles) {
                    int8_tiles + (tile - group) * int8_floats());
         }
         for (int64_t p = parts.first; p < parts.last; ++p) {
+          const Part& part = parts_[static_cast<size_t>(p)];
+          const BlockSparseView weight = widened(part, sums + before_wide);
           for (const TokenTile* tile = group; tile != end; ++tile) {
-            multiply_tile(parts_[static_cast<size_t>(p)], *tile, x_tiles,
+            multiply_tile(part, weight, *tile, x_tiles,
                           int8_tiles + (tile - group) * int8_floats(), sums);
           }
         }
@@ -273,10 +289,9 @@ void Multiplication::run_tiles(const float* x_tiles) {
 
 // One part for one tile, from tiles to tiles. `scratch` is for sums that would
 // overwrite a residual that is y itself.
-void Multiplication::multiply_tile(const Part& part, const TokenTile& tile,
-                                   const float* x_tiles, const float* int8_tile,
-                                   float* scratch) const {
-  const BlockSparseView& weight = part.product->weight;
+void Multiplication::multiply_tile(const Part& part, const BlockSparseView& weight,
+                                   const TokenTile& tile, const float* x_tiles,
+                                   const float* int8_tile, float* scratch) const {
   const Epilogue& epilogue = part.product->epilogue;
   const int64_t width = int64_t{tile.vectors} * isa_.lanes;
   const int64_t row = part.first_row * weight.block_rows;
@@ -284,7 +299,7 @@ void Multiplication::multiply_tile(const Part& part, const TokenTile& tile,
   const int64_t at = tile.slot * weight.out_features + row * width;
   float* const y = part.product->y + at;
   float* const sums = epilogue.residual == part.product->y ? scratch : y;
-  multiply(part, tile.vectors, x_tiles + tile.slot * in_, int8_tile, sums);
+  multiply(part, weight, tile.vectors, x_tiles + tile.slot * in_, int8_tile, sums);
   isa_.finish(sums, rows * width, epilogue.activation,
               epilogue.residual ? epilogue.residual + at : nullptr, y);
 }
@@ -317,6 +332,31 @@ int64_t Multiplication::max_part_rows() const {
                     (part.last_row - part.first_row) * part.product->weight.block_rows);
   }
   return rows;
+}
+
+int64_t Multiplication::max_wide_values() const {
+  int64_t most = 0;
+  for (const Part& part : parts_) {
+    if (part.product->weight.bfloat16)
+      most = std::max(most, values_of(part).last - values_of(part).first);
+  }
+  return in_lines(most);
+}
+
+// The weight of a part as the kernels of whole tiles read it: bfloat16 values are
+// widened, for all tiles that the part is multiplied with, into `wide`.
+BlockSparseView Multiplication::widened(const Part& part, float* wide) const {
+  BlockSparseView weight = part.product->weight;
+  if (!weight.bfloat16) return weight;
+  const Range values = values_of(part);
+  isa_.widen(weight.bfloat16 + values.first, values.last - values.first, wide);
+  // Blocks are found from where those of the whole matrix would begin. Meanwhile the
+  // next part is fetched, which else would be waited for when it is widened.
+  const auto at = reinterpret_cast<intptr_t>(wide);
+  weight.values = reinterpret_cast<const float*>(
+      at - values.first * static_cast<intptr_t>(sizeof(float)));
+  weight.fetch_ahead = reinterpret_cast<intptr_t>(weight.bfloat16 + values.last) - at;
+  return weight;
 }
 
 // The products of 8 bits among all share what they quantise alike.
@@ -355,8 +395,9 @@ void Multiplication::quantize(const float* x_tile, int vectors,
   }
 }
 
-void Multiplication::multiply(const Part& part, int vectors, const float* x_tile,
-                              const float* int8_tile, float* y_tile) const {
+void Multiplication::multiply(const Part& part, const BlockSparseView& weight,
+                              int vectors, const float* x_tile, const float* int8_tile,
+                              float* y_tile) const {
   const Product& product = *part.product;
   const Schedule& schedule = *product.schedule;
   if (product.int8) {
@@ -374,10 +415,10 @@ void Multiplication::multiply(const Part& part, int vectors, const float* x_tile
                             schedule.part_tiles[p],   schedule.part_tiles[p + 1],
                             schedule.tile_ptr.data(), schedule.blocks.data(),
                             schedule.rows.data()};
-    isa_.multiply_columns(product.weight, tiles, x_tile, vectors, product.epilogue.bias,
+    isa_.multiply_columns(weight, tiles, x_tile, vectors, product.epilogue.bias,
                           y_tile);
   } else {
-    isa_.multiply_rows(product.weight, part.first_row, part.last_row, x_tile, vectors,
+    isa_.multiply_rows(weight, part.first_row, part.last_row, x_tile, vectors,
                        product.epilogue.bias, y_tile);
   }
 }

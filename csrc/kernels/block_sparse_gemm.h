@@ -2,14 +2,16 @@
 // y = activation(x W^T + bias) + residual for block-sparse W.
 //
 //   x         (tokens, in)   row-major, contiguous float32
-//   W         (out, in)      BSR, blocks (r, c) stored column by column
+//   W         (out, in)      BSR, blocks (r, c) stored column by column, float32 or
+//                            bfloat16, which is widened exactly
 //   bias      (out)          or null
 //   residual  (tokens, out)  row-major, contiguous, or null; may be y itself
 //   y         (tokens, out)  row-major, contiguous; overlaps no other input
 //
 // No alignment is required. Scratch belongs to the calling thread and is kept for its
 // next call: inputs of a group of token tiles (a third of L2, at least one tile a
-// thread) and one part of the outputs for each thread. Throws std::bad_alloc. Safe to
+// thread), one part of the outputs for each thread and one part of bfloat16 weights in
+// float32. Throws std::bad_alloc. Safe to
 // call from several threads at once. The result has the same bits for every number of
 // threads.
 //
@@ -19,6 +21,8 @@
 #pragma once
 
 #include <cstdint>
+
+#include "simd/bfloat16.h"
 
 namespace pybsp {
 
@@ -35,7 +39,12 @@ struct BlockSparseView {
   int64_t block_cols;           // c
   const int32_t* crow_indices;  // (out/r + 1)
   const int32_t* col_indices;   // (nnz)
-  const float* values;          // (nnz, c, r)
+  const float* values;          // (nnz, c, r), or null and
+  const Bfloat16* bfloat16 = nullptr;
+  // Bytes from the weight that a tile multiplies to what is fetched into L1 meanwhile.
+  // A model's weights stream from beyond L2, and the CPU's own prefetching stops at the
+  // end of each page.
+  int64_t fetch_ahead = 4096;
 };
 
 inline int64_t kept_weights(const BlockSparseView& weight) {

@@ -26,10 +26,6 @@ inline void start_sums(TileStart start, const float* y, Vec (&acc)[kRows][kVecto
   }
 }
 
-// Floats ahead of the weights in use that are fetched into L1. A model's weights stream
-// from beyond L2, and the CPU's own prefetching stops at the end of each page.
-constexpr int64_t kWeightsAhead = 1024;
-
 // Columns ahead of the one that is multiplied whose inputs are fetched into L1.
 constexpr int64_t kPrefetchColumns = 8;
 
@@ -43,7 +39,7 @@ inline int64_t prefetch_blocks(int64_t block_cols) {
 template <int kRows, int kVectors, int kCols, bool kPrefetch>
 void multiply_tile(const int32_t* col_indices, int64_t blocks, const float* w,
                    int64_t block_rows, int64_t block_cols, const float* x_tile,
-                   TileStart start, float* y) {
+                   TileStart start, int64_t fetch_ahead, float* y) {
   constexpr int64_t kWidth = kVectors * kLanes;
   const int64_t cols = kCols > 0 ? kCols : block_cols;
   const int64_t ahead = kPrefetch ? prefetch_blocks(cols) : 0;
@@ -71,7 +67,7 @@ void multiply_tile(const int32_t* col_indices, int64_t blocks, const float* w,
           acc[row][v] = fma(weight, in[v], acc[row][v]);
         }
       }
-      prefetch(w + kWeightsAhead);
+      __builtin_prefetch(reinterpret_cast<const char*>(w) + fetch_ahead);
       w += block_rows;
       x += kWidth;
     }
@@ -86,7 +82,7 @@ void multiply_tile(const int32_t* col_indices, int64_t blocks, const float* w,
 }
 
 using TileFunction = void (*)(const int32_t*, int64_t, const float*, int64_t, int64_t,
-                              const float*, TileStart, float*);
+                              const float*, TileStart, int64_t, float*);
 
 template <int kVectors, int kCols, bool kPrefetch>
 TileFunction tile_function(int64_t rows) {
@@ -148,7 +144,7 @@ void multiply_block_rows(const BlockSparseView& weight, int64_t first, int64_t l
                                                      : rest;
         tile(weight.col_indices + b, blocks, weight.values + b * r * c + sub, r, c,
              x_tile, {bias ? bias + row * r + sub : nullptr, b > begin},
-             y + sub * kWidth);
+             weight.fetch_ahead, y + sub * kWidth);
       }
       b += blocks;
     } while (b < end);
@@ -162,6 +158,7 @@ struct EightRows {
   int64_t blocks;
   const float* w;
   float* y;
+  int64_t fetch_ahead;
 };
 
 // acc[row] += the columns of the next block of `rows` for one vector of tokens.
@@ -174,8 +171,8 @@ inline void add_block(EightRows& rows, int64_t block_rows, int64_t block_cols,
     const Vec in = load(x + col * kLanes);
     PYBSP_UNROLL
     for (int row = 0; row < 8; ++row) acc[row] = fma(set1(rows.w[row]), in, acc[row]);
-    // Half of the multiply-adds for a weight: twice as far for the same time.
-    if constexpr (kAhead) prefetch(rows.w + 2 * kWeightsAhead);
+    if constexpr (kAhead)
+      __builtin_prefetch(reinterpret_cast<const char*>(rows.w) + rows.fetch_ahead);
     rows.w += block_rows;
   }
 }
@@ -227,12 +224,14 @@ template <int kCols>
 void multiply_in_pairs(const BlockSparseView& weight, int64_t first, int64_t last,
                        const float* x_tile, const float* bias, float* y_tile) {
   const int64_t r = weight.block_rows, c = weight.block_cols, subs = r / 8;
+  // Half of the multiply-adds for a weight: twice as far for the same time.
+  const int64_t fetch_ahead = (weight.bfloat16 ? 1 : 2) * weight.fetch_ahead;
   const auto tile = [&](int64_t t) {
     const int64_t row = first + t / subs;
     const int64_t begin = weight.crow_indices[row];
     return EightRows{weight.col_indices + begin, weight.crow_indices[row + 1] - begin,
                      weight.values + begin * r * c + t % subs * 8,
-                     y_tile + t * 8 * kLanes};
+                     y_tile + t * 8 * kLanes, fetch_ahead};
   };
   const int64_t tiles = (last - first) * subs;
   for (int64_t t = 0; t + 1 < tiles; t += 2) {
@@ -244,7 +243,7 @@ void multiply_in_pairs(const BlockSparseView& weight, int64_t first, int64_t las
   const EightRows rest = tile(tiles - 1);
   multiply_tile<8, 1, kCols, false>(rest.cols, rest.blocks, rest.w, r, c, x_tile,
                                     {bias ? bias + last * r - 8 : nullptr, false},
-                                    rest.y);
+                                    weight.fetch_ahead, rest.y);
 }
 
 // Bytes of a tile of inputs from which on fetching ahead pays: a few times L1. Under

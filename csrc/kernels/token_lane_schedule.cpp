@@ -12,11 +12,18 @@ constexpr int64_t kSquare = 16;
 // Columns of single-row blocks of 8 bits from which on they are multiplied by column.
 constexpr int64_t kMinInt8Run = 16;
 
+// Weights of bfloat16 by row: their float32 form stays in L1 while it is multiplied.
+constexpr int64_t kWideValues = 2048;
+
 // Values and output rows after which a part ends.
 struct PartLimits {
   int64_t values;
   int64_t rows;
 };
+
+bool is_by_column(const BlockSparseView& view) {
+  return view.block_rows == 1 && view.block_cols >= kMinColumnRun;
+}
 
 // At least 16 parts where the matrix allows it, so that a few threads balance. By
 // column, enough blocks that every block column has four full tiles of them, because a
@@ -130,8 +137,15 @@ bool int8_by_column(const BlockSparseView& view) {
 }  // namespace
 
 Schedule token_lane_schedule(const BlockSparseView& view) {
-  const bool by_column = view.block_rows == 1 && view.block_cols >= kMinColumnRun;
+  const bool by_column = is_by_column(view);
   return schedule_of_parts(view, by_column, part_limits(view, by_column));
+}
+
+Schedule bfloat16_schedule(const BlockSparseView& view) {
+  const bool by_column = is_by_column(view);
+  PartLimits limits = part_limits(view, by_column);
+  if (!by_column) limits.values = kWideValues;
+  return schedule_of_parts(view, by_column, limits);
 }
 
 Schedule int8_schedule(const BlockSparseView& view) {

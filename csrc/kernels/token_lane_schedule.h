@@ -35,6 +35,10 @@ struct Schedule {
 // `view.values` is not read. O(nnz + num_parts * in / c).
 Schedule token_lane_schedule(const BlockSparseView& view);
 
+// For bfloat16 weights, which a part widens before it is multiplied: smaller parts by
+// row.
+Schedule bfloat16_schedule(const BlockSparseView& view);
+
 // For weights of 8 bits: parts by row of four times as many. By column where
 // neighbouring rows keep different columns, in single-row blocks of a multiple of four
 // inputs.

@@ -98,7 +98,10 @@ struct Variants {
   // past `tokens` repeat the last token.
   void (*pack_tokens)(const float* x, int64_t in_features, int64_t tokens,
                       int64_t first, int64_t last, int vectors, float* tile);
-  // y_tile[row - first * r][lane] = bias + W x over block rows [first, last).
+  // floats[i] = values[i]
+  void (*widen)(const Bfloat16* values, int64_t count, float* floats);
+  // For float32 weights: y_tile[row - first * r][lane] = bias + W x over block rows
+  // [first, last).
   void (*multiply_rows)(const BlockSparseView& weight, int64_t first, int64_t last,
                         const float* x_tile, int vectors, const float* bias,
                         float* y_tile);
@@ -114,7 +117,8 @@ struct Variants {
   // y[i] = activation(sums[i]) + residual[i]; residual may be null, and both may be y.
   void (*finish)(const float* sums, int64_t count, Activation activation,
                  const float* residual, float* y);
-  // y = bias + W x over block rows [first, last) for a few tokens, outputs in lanes.
+  // y = bias + W x over block rows [first, last) for a few tokens, outputs in lanes;
+  // also for bfloat16 weights.
   void (*multiply_few_tokens)(const BlockSparseView& weight, int64_t first,
                               int64_t last, const float* x, int64_t tokens,
                               const float* bias, float* y);

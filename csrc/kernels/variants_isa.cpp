@@ -13,6 +13,7 @@ const Variants& variants() {
       &block_rows_bfloat16,
       &int8_kernels,
       pack_tokens,
+      widen,
       multiply_rows,
       multiply_columns,
       unpack_tokens,

@@ -15,6 +15,7 @@ void quantize_inputs(const float* x_tile, int64_t features, int vectors,
                      float input_scale, bool consecutive, int8_t* bytes, float* scales);
 void pack_tokens(const float* x, int64_t in_features, int64_t tokens, int64_t first,
                  int64_t last, int vectors, float* tile);
+void widen(const Bfloat16* values, int64_t count, float* floats);
 void multiply_rows(const BlockSparseView& weight, int64_t first, int64_t last,
                    const float* x_tile, int vectors, const float* bias, float* y_tile);
 void multiply_columns(const BlockSparseView& weight, ColumnTiles tiles,

@@ -160,6 +160,18 @@ inline void store8(float* p, Vec8 a) { _mm256_storeu_ps(p, a); }
 // The first n of eight floats, 0 < n < 8; the others are zero and not touched.
 inline Vec8 load8(const float* p, int n) { return load(p, n); }
 inline void store8(float* p, Vec8 a, int n) { store(p, a, n); }
+inline Vec8 load8(const Bfloat16* p) { return load(p); }
+// In two pieces that need no way through memory.
+inline Vec8 load8(const Bfloat16* p, int n) {
+  const int tail = n % 4;
+  uint64_t last = 0;
+  for (int i = 0; i < tail; ++i) last |= uint64_t{p[n - tail + i].bits} << (16 * i);
+  __m128i a = _mm_cvtsi64_si128(static_cast<long long>(last));
+  if (n >= 4) {
+    a = _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), a);
+  }
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16));
+}
 inline Vec8 add8(Vec8 a, Vec8 b) { return _mm256_add_ps(a, b); }
 inline Vec8 fma8(Vec8 a, float b, Vec8 c) {
   return _mm256_fmadd_ps(a, _mm256_set1_ps(b), c);

@@ -171,6 +171,15 @@ inline void store8(float* p, Vec8 a) { _mm256_storeu_ps(p, a); }
 inline Vec8 load8(const float* p, int n) {
   return _mm256_maskz_loadu_ps(static_cast<__mmask8>((1 << n) - 1), p);
 }
+inline Vec8 from_bfloat16(__m128i a) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16));
+}
+inline Vec8 load8(const Bfloat16* p) {
+  return from_bfloat16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Vec8 load8(const Bfloat16* p, int n) {
+  return from_bfloat16(_mm_maskz_loadu_epi16(static_cast<__mmask8>((1 << n) - 1), p));
+}
 inline void store8(float* p, Vec8 a, int n) {
   _mm256_mask_storeu_ps(p, static_cast<__mmask8>((1 << n) - 1), a);
 }

@@ -141,14 +141,18 @@ struct Vec8 {
   Vec low, high;
 };
 inline Vec8 zero8() { return {zero(), zero()}; }
-inline Vec8 load8(const float* p) { return {load(p), load(p + 4)}; }
+template <typename T>  // float or Bfloat16
+inline Vec8 load8(const T* p) {
+  return {load(p), load(p + 4)};
+}
 inline void store8(float* p, Vec8 a) {
   store(p, a.low);
   store(p + 4, a.high);
 }
 // The first n of eight floats, 0 < n < 8; the others are zero and not touched.
-inline Vec8 load8(const float* p, int n) {
-  float a[8] = {};
+template <typename T>
+inline Vec8 load8(const T* p, int n) {
+  T a[8] = {};
   for (int i = 0; i < n; ++i) a[i] = p[i];
   return load8(a);
 }

@@ -132,13 +132,17 @@ struct Vec8 {
   float32x4_t low, high;
 };
 inline Vec8 zero8() { return {zero(), zero()}; }
-inline Vec8 load8(const float* p) { return {load(p), load(p + 4)}; }
+template <typename T>  // float or Bfloat16
+inline Vec8 load8(const T* p) {
+  return {load(p), load(p + 4)};
+}
 inline void store8(float* p, Vec8 a) {
   store(p, a.low);
   store(p + 4, a.high);
 }
 // The first n of eight floats, 0 < n < 8; the others are zero and not touched.
-inline Vec8 load8(const float* p, int n) {
+template <typename T>
+inline Vec8 load8(const T* p, int n) {
   if (n < 4) return {load(p, n), zero()};
   return {load(p), n == 4 ? zero() : load(p + 4, n - 4)};
 }

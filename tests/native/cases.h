@@ -14,6 +14,7 @@ void check_token_tiles(Report& report);
 void check_block_sparse_grad(Report& report, bool quick);
 void check_encoder(Report& report, bool quick);
 void check_int8(Report& report, bool quick);
+void check_bfloat16(Report& report, bool quick);
 void check_activations(Report& report, bool quick);
 void check_group_lasso(Report& report, bool quick);
 void check_block_mask(Report& report, bool quick);

@@ -1,4 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
+#include "bfloat16_cases.h"
 #include "cases.h"
 #include "gemm_cases.h"
 #include "grad_cases.h"
@@ -30,6 +33,10 @@ void fuzz(Report& report, Random& random) {
       {grid_rows * r, grid_cols * c, r, c}, density, tokens,
       random.between(0, 1) == 0 ? Int8Values::random : Int8Values::extreme, seed);
   int8.check(report, tokens);
+  const Bfloat16Case bfloat16({grid_rows * r, grid_cols * c, r, c}, density, tokens,
+                              seed);
+  bfloat16.check(report, tokens);
+  bfloat16.check(report, random.between(1, std::min<int64_t>(tokens, 4)));
   const int64_t run = 4 * random.between(4, 12);
   Int8Case({random.between(1, 300), run * random.between(2, 5), 1, run}, density,
            tokens, Int8Values::random, seed)

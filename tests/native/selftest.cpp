@@ -76,6 +76,7 @@ bool passes(const std::string& isa, const Options& options) {
     selftest::check_block_sparse_grad(report, options.quick);
     selftest::check_encoder(report, options.quick);
     selftest::check_int8(report, options.quick);
+    selftest::check_bfloat16(report, options.quick);
     selftest::check_activations(report, options.quick);
     selftest::check_group_lasso(report, options.quick);
     selftest::check_block_mask(report, options.quick);
