@@ -8,9 +8,10 @@ In memory each block lies column by column (strides ``(r*c, 1, r)``): the kernel
 reads the ``r`` weights of one input feature from consecutive addresses, so the storage
 format is the execution format and no second copy exists.
 
-The values are float32, or int8 with one float32 scale for each output: row ``o`` of the
-matrix is then ``scales[o]`` times its whole numbers. The kernels read int8 blocks in an
-order of their own, so the matrix holds these twice.
+The values are float32; bfloat16, half the bytes, which are widened to float32 as they
+are multiplied; or int8 with one float32 scale for each output: row ``o`` of the matrix
+is then ``scales[o]`` times its whole numbers. The kernels read int8 blocks in an order
+of their own, so the matrix holds these twice.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class BlockSparseMatrix:
         Block row ``i`` owns blocks ``crow_indices[i]:crow_indices[i+1]``.
     col_indices : int16, int32 or int64 tensor ``(nnz,)``
         Block column of every block, strictly increasing within a block row.
-    values : float32 or int8 tensor ``(nnz, r, c)``
-        Kept as it is when its blocks already lie column by column. float32 may require
-        grad; int8 must not be written to.
+    values : float32, bfloat16 or int8 tensor ``(nnz, r, c)``
+        Kept as it is when its blocks already lie column by column. Only float32 may
+        require grad; int8 must not be written to.
     shape : ``(out, in)``
     scales : float32 tensor ``(out,)``, finite and not negative; with int8 values only
 
@@ -133,15 +134,18 @@ class BlockSparseMatrix:
         )
 
     def quantize(self, dtype: str = "int8", clip: Clip = "mse") -> BlockSparseMatrix:
-        """The same pattern with int8 values and a scale for each output.
+        """The same pattern with int8 values and a scale for each output, or with values
+        rounded to ``"bfloat16"``, the nearest and of two the even one.
 
-        ``clip`` as for ``quantization.weights.quantize_rows``. An int8 matrix is
-        returned as it is.
+        ``clip`` is for int8, as for ``quantization.weights.quantize_rows``. A matrix of
+        that type already is returned as it is.
         """
-        if dtype != "int8":
-            raise ValueError(f"dtype must be 'int8'; got {dtype!r}")
-        if self.scales is not None:
+        if dtype not in ("int8", "bfloat16"):
+            raise ValueError(f"dtype must be 'int8' or 'bfloat16'; got {dtype!r}")
+        if str(self.dtype) == f"torch.{dtype}":
             return self
+        if dtype == "bfloat16":
+            return self._with_values(self._float_values().detach().bfloat16())
         quantized, scales = quantize_rows(self.to_dense().detach(), clip)
         return self._with_rows(quantized, scales)
 
@@ -162,22 +166,25 @@ class BlockSparseMatrix:
 
     def dequantize(self) -> BlockSparseMatrix:
         """The same matrix in float32; one that is float32 already as it is."""
-        if self.scales is None:
+        if self.dtype == torch.float32:
             return self
+        return self._with_values(self._float_values())
+
+    def _with_values(self, values: torch.Tensor) -> BlockSparseMatrix:
         return BlockSparseMatrix(
-            self.crow_indices, self.col_indices, self._float_values(), self.shape
+            self.crow_indices, self.col_indices, values, self.shape
         )
 
     def _float_values(self) -> torch.Tensor:
         if self.scales is None:
-            return self.values
+            return self.values.float()
         return dequantized_blocks(
             self.crow_indices, self.col_indices, self.values, self.scales
         )
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the values: ``torch.float32`` or ``torch.int8``."""
+        """Of the values: ``torch.float32``, ``torch.bfloat16`` or ``torch.int8``."""
         return self.values.dtype
 
     @property

@@ -34,7 +34,7 @@ def block_norms(weight: torch.Tensor, block_shape: BlockShape) -> torch.Tensor:
 
 
 def _wide(weight: torch.Tensor) -> torch.Tensor:
-    # bfloat16 is computed in float32 and rounded once, when it is stored
+    # bfloat16 is computed in float32 and rounded once, where it is stored
     return weight.float() if weight.dtype == torch.bfloat16 else weight
 
 
@@ -135,8 +135,9 @@ def block_sparse_linear(
     bias: torch.Tensor | None = None,
     activation: str | None = None,
 ) -> torch.Tensor:
-    """``activation(x @ W.T + bias)`` through the dense ``W``."""
-    weight = block_sparse_to_dense(crow_indices, col_indices, values, shape)
+    """``activation(x @ W.T + bias)`` through the dense ``W``; bfloat16 values are
+    widened first."""
+    weight = block_sparse_to_dense(crow_indices, col_indices, _wide(values), shape)
     return ACTIVATIONS[activation](F.linear(x, weight, bias))
 
 

@@ -448,5 +448,5 @@ def test_wrong_int8_fields_are_named(change: Any, error: Any, message: str) -> N
 
 
 def test_quantize_refuses_other_types() -> None:
-    with pytest.raises(ValueError, match="dtype must be 'int8'; got 'int4'"):
+    with pytest.raises(ValueError, match="'int8' or 'bfloat16'; got 'int4'"):
         BlockSparseMatrix.from_dense(torch.eye(4), (2, 2)).quantize("int4")

@@ -110,9 +110,9 @@ def measure(
     median_ms = latency["candidates"]["packed"]["median_ms"]
     try:
         found: dict[str, Any] = {
-            # The peak is that of float32.
+            # The peak is that of float32 arithmetic.
             "floor": breakdown.floor(model, inputs, peak=peak, median_ms=median_ms)
-            if latency["dtype"] == "float32"
+            if latency["dtype"] != "int8"
             else None,
             "parts": breakdown.parts(
                 model, inputs, others, threads=threads, seconds=seconds / 2

@@ -154,7 +154,9 @@ def layers_table(report: PackReport, dtype: str) -> Table:
         name = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", layer.name)
         key = (name, layer.shape, layer.block_shape, layer.packed, layer.reason)
         kinds.setdefault(key, []).append(layer)
-    known = "predicted" if dtype == "float32" else f"{dtype}, measured"
+    known = {"float32": "predicted", "bfloat16": "predicted as float32"}.get(
+        dtype, f"{dtype}, measured"
+    )
     table = Table(
         title=f"each layer alone, {report.tokens} tokens, {known}",
         title_justify="left",

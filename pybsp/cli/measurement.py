@@ -29,20 +29,21 @@ ELEMENT_BYTES = {
 }  # fmt: skip
 
 
-#: The candidate beside an int8 model that is the same in float32.
+#: The candidate beside a rounded model that is the same in float32.
 PACKED_FLOAT32 = "packed float32"
 #: How far a packed model's results may be from the dense ones, of the largest value.
 #: Inputs of int8 layers are rounded, which is no fault but would hide small ones.
-TOLERANCES = {"float32": 1e-3, "int8": 0.25}
+TOLERANCES = {"int8": 0.25, "bfloat16": 1e-3, "float32": 1e-3}
 
 
 def packed_dtype(model: nn.Module) -> str:
-    """``"int8"`` if any packed layer is, else ``"float32"``."""
-    int8 = any(
-        isinstance(module, BlockSparseLinear) and module.is_int8
+    """The first of ``TOLERANCES`` that any packed layer has."""
+    found = {
+        module.dtype
         for module in model.modules()
-    )
-    return "int8" if int8 else "float32"
+        if isinstance(module, BlockSparseLinear)
+    }
+    return next((dtype for dtype in TOLERANCES if dtype in found), "float32")
 
 
 def tolerance(packed: nn.Module) -> float:
@@ -131,11 +132,11 @@ def candidates(
     """Calls of both base models on ``inputs``, and why others are left out.
 
     With ``onnx`` the dense model also runs in the ``engines`` that are installed.
-    Beside an int8 model stands the same one packed in float32. Raises ``WorkError``
+    Beside a rounded model stands the same one packed in float32. Raises ``WorkError``
     when the packed model's result is not that of the dense one.
     """
     models = {"dense": dense.base_model.eval(), "packed": packed.base_model.eval()}
-    if packed_dtype(packed) == "int8":
+    if packed_dtype(packed) != "float32":
         models[PACKED_FLOAT32] = _packed_float32(dense).base_model.eval()
     calls: dict[str, Call] = {
         name: _call(model, inputs) for name, model in models.items()

@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="blocks of every layer (default: as recorded, else found in the zeros)",
     )  # fmt: skip
     parser.add_argument(
-        "--dtype", choices=("float32", "int8"),
-        help="of the packed weights (default: as recorded, else float32); int8 "
-        "quantises the model, and the dense file then holds the rounded weights too",
+        "--dtype", choices=("float32", "bfloat16", "int8"),
+        help="of the packed weights (default: as recorded, else float32); bfloat16 and "
+        "int8 round them, and the dense file then holds the rounded weights too",
     )  # fmt: skip
 
 

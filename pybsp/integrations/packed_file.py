@@ -1,10 +1,11 @@
 """The packed checkpoint ``model.pybsp.safetensors``.
 
-Per packed layer it holds ``NAME.weight_values`` (float32 ``(nnz, c, r)``: every block
-column by column, as the kernels read it, so that a loaded layer computes on the mapped
-file), ``NAME.weight_crow_indices`` and ``NAME.weight_col_indices`` (int16 where the
-numbers fit, else int32). int8 values come with ``NAME.weight_scales`` (float32
-``(out,)``) and, where the scale of the inputs is known, ``NAME.input_scale`` (float32).
+Per packed layer it holds ``NAME.weight_values`` (float32, bfloat16 or int8
+``(nnz, c, r)``: every block column by column, as the kernels read it, so that a loaded
+layer computes on the mapped file), ``NAME.weight_crow_indices`` and
+``NAME.weight_col_indices`` (int16 where the numbers fit, else int32). int8 values come
+with ``NAME.weight_scales`` (float32 ``(out,)``) and, where the scale of the inputs is
+known, ``NAME.input_scale`` (float32).
 Everything else is stored as in ``model.safetensors``. The name is one that no loader
 takes for an ordinary checkpoint.
 """
@@ -28,8 +29,8 @@ from ..nn.linear import FIELDS, INPUT_SCALE, SCALES
 PACKED_FILE = "model.pybsp.safetensors"
 #: Of the record in ``config.json``.
 FORMAT_VERSION = 1
-#: Of the packed file: 3 where a layer is int8, else 2. Version 1, ``(nnz, r, c)``, is
-#: read too.
+#: Of the packed file: 3 where a layer is int8 or bfloat16, else 2. Version 1,
+#: ``(nnz, r, c)``, is read too.
 FILE_VERSION = 3
 FLOAT32_VERSION = 2
 #: Its key in the header of the file.
@@ -38,6 +39,13 @@ VERSION_KEY = "pybsp_format_version"
 #: layer then lies in two cache lines, which costs a call with one token a tenth.
 ALIGNMENT = 64
 
+#: In the order in which a file holds tensors of them.
+_TYPES = (
+    "U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "I8", "U8",
+    "BOOL",
+)  # fmt: skip
+#: Of ``weight_values``.
+_VALUE_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8}
 _INDEX_TYPES = ("I8", "I16", "I32", "I64", "U8")
 
 
@@ -76,16 +84,17 @@ def _compact(indices: torch.Tensor, largest: int) -> torch.Tensor:
 
 def metadata_for_file(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """What the header says beside ``tensors``, padded so that they begin aligned."""
-    int8 = any(
-        key.endswith(f".{FIELDS[0]}") and tensor.dtype == torch.int8
+    rounded = any(
+        key.endswith(f".{FIELDS[0]}") and tensor.dtype != torch.float32
         for key, tensor in tensors.items()
     )
-    version = FILE_VERSION if int8 else FLOAT32_VERSION
+    version = FILE_VERSION if rounded else FLOAT32_VERSION
     metadata = {"format": "pt", VERSION_KEY: str(version), "padding": ""}
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     # As safetensors writes it. If it did otherwise, only the alignment would be lost.
-    for key in sorted(tensors, key=lambda key: (-tensors[key].element_size(), key)):
+    place = {key: _TYPES.index(_dtype_name(tensors[key].dtype)) for key in tensors}
+    for key in sorted(tensors, key=lambda key: (place[key], key)):
         begin, end = end, end + tensors[key].nbytes
         header[key] = {
             "dtype": _dtype_name(tensors[key].dtype),
@@ -142,13 +151,13 @@ def _read_layer(
     headers = [checkpoint.get_slice(f"{name}.{field}") for field in FIELDS]
     values, crow_indices, col_indices = (header.get_shape() for header in headers)
     types = [header.get_dtype() for header in headers]
-    int8 = column_major and types[0] == "I8"
+    dtype = _VALUE_TYPES.get(types[0] if column_major or types[0] == "F32" else "")
     if (
         (len(values), len(crow_indices), len(col_indices)) != (3, 1, 1)
         or col_indices[0] != values[0]
         or crow_indices[0] < 1
         or not (values[1] and values[2])
-        or not (types[0] == "F32" or int8)
+        or dtype is None
         or not set(types[1:]) <= set(_INDEX_TYPES)
     ):
         raise ValueError(
@@ -160,11 +169,10 @@ def _read_layer(
     rows, cols = reversed(extents) if column_major else extents
     block_rows = crow_indices[0] - 1
     static = False
-    if int8:
+    if dtype == torch.int8:
         _check_float(checkpoint, keys, f"{name}.{SCALES}", [block_rows * rows], file)
         if static := f"{name}.{INPUT_SCALE}" in keys:
             _check_float(checkpoint, keys, f"{name}.{INPUT_SCALE}", [], file)
-    dtype = torch.int8 if int8 else torch.float32
     return PackedLayer(name, nnz, (rows, cols), block_rows, column_major, dtype, static)
 
 
@@ -273,7 +281,7 @@ def _same_block_rows(packed: Any, layer: PackedLayer, dense: Any, key: str) -> b
                 scales = packed.get_slice(f"{layer.name}.{SCALES}")
                 of_row = scales[row * rows : (row + 1) * rows]
                 blocks = blocks.float() * of_row[:, None]
-            strip[where] = blocks
+            strip[where] = blocks.float()
         block_row = weight[row * rows : (row + 1) * rows].float()
         if not torch.equal(strip.transpose(0, 1).reshape(rows, shape[1]), block_row):
             return False

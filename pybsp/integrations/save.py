@@ -159,13 +159,21 @@ def packing_record(
     total = sum(rows * cols for rows, cols in sizes)
     kept = sum(matrix.values.numel() for matrix in matrices.values())
     usual = Counter(shapes.values()).most_common(1)[0][0]
-    int8 = any(matrix.scales is not None for matrix in matrices.values())
+    rounded = [
+        kind
+        for kind in (torch.int8, torch.bfloat16)
+        if any(matrix.dtype == kind for matrix in matrices.values())
+    ]
+    dtype = str(rounded[0]).removeprefix("torch.") if rounded else "float32"
     scales = {
         name: module.static_scale
         for name, module in model.named_modules()
         if isinstance(module, BlockSparseLinear) and module.static_scale
     }
-    float32 = [name for name, matrix in matrices.items() if matrix.scales is None]
+    # Of a model with both, a dense file loads int8 alone: it holds the other numbers.
+    float32 = [
+        name for name, matrix in matrices.items() if matrix.dtype not in rounded[:1]
+    ]
     for entry in ("dtype", "input_scales", "float32_modules"):
         record.pop(entry, None)
     return {
@@ -176,9 +184,9 @@ def packing_record(
         "format": "dense",
         "format_version": FORMAT_VERSION,
         "modules": modules,
-        **({"dtype": "int8"} if int8 else {}),
+        **({"dtype": dtype} if rounded else {}),
         **({"input_scales": scales} if scales else {}),
-        **({"float32_modules": float32} if int8 and float32 else {}),
+        **({"float32_modules": float32} if rounded and float32 else {}),
         "pybsp_version": version("pybsp"),
     }
 

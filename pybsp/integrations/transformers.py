@@ -67,9 +67,9 @@ class BlockSparseConfig(QuantizationConfigMixin):
     block_shape : ``(out, in)`` for layers that ``modules`` does not name; None detects.
     modules : block shape of each pruned layer by name.
     format : ``"dense"`` or ``"packed"``: which file holds the weights.
-    dtype : of the packed weights, ``"float32"`` or ``"int8"``.
+    dtype : of the packed weights, ``"float32"``, ``"bfloat16"`` or ``"int8"``.
     input_scales : of int8 layers by name, those that are known.
-    float32_modules : layers that are not quantised though others are.
+    float32_modules : layers that are not rounded though others are.
     min_gain, fuse, shrink : as for ``pybsp.pack_``, for what happens on loading.
 
     Other entries, such as ``sparsity``, are kept and written again.
@@ -88,10 +88,10 @@ class BlockSparseConfig(QuantizationConfigMixin):
         float32_modules: list[str] | None = None,
         **notes: Any,
     ) -> None:
-        if dtype not in ("float32", "int8"):
+        if dtype not in pack.DTYPES:
             raise ValueError(
-                "the dtype in quantization_config is 'float32' or 'int8'; got "
-                f"{dtype!r}: upgrade pybsp"
+                "the dtype in quantization_config is 'float32', 'bfloat16' or 'int8'; "
+                f"got {dtype!r}: upgrade pybsp"
             )
         if format not in ("dense", "packed"):
             raise ValueError(
@@ -211,7 +211,7 @@ class BlockSparseHfQuantizer(HfQuantizer):
         try:
             report = pack.pack_(
                 model,
-                **self._int8_options(model),
+                **self._rounding_options(model),
                 fuse=self.quantization_config.fuse,
                 min_gain=self.quantization_config.min_gain,
                 shrink=self.quantization_config.shrink,
@@ -224,21 +224,22 @@ class BlockSparseHfQuantizer(HfQuantizer):
         else:
             tell_encoders(report.encoders)
 
-    def _int8_options(self, model: nn.Module) -> dict[str, Any]:
+    def _rounding_options(self, model: nn.Module) -> dict[str, Any]:
         """Those of ``pack_``, with the names that layers have in ``model``."""
         config = self.quantization_config
-        if config.dtype != "int8":
+        if config.dtype == "float32":
             return {}
         names = {name for name, _ in model.named_modules(remove_duplicate=False)}
         recorded = {*config.input_scales, *config.float32_modules}
         found = {name: name_in_model(model, name, names) for name in recorded}
+        scales = {
+            name: scale
+            for key, scale in config.input_scales.items()
+            if (name := found[key]) is not None
+        }
         return {
-            "dtype": "int8",
-            "calibration": {
-                name: scale
-                for key, scale in config.input_scales.items()
-                if (name := found[key]) is not None
-            },
+            "dtype": config.dtype,
+            "calibration": scales if config.dtype == "int8" else None,
             "float32_modules": [
                 name
                 for key in config.float32_modules

@@ -260,7 +260,7 @@ def _is_free(layer: nn.Module, users: Mapping[int, int]) -> bool:
     return (
         not _is_watched(layer)
         and getattr(layer, "activation", None) is None
-        # Of an int8 layer it is a buffer.
+        # Of int8 and bfloat16 layers it is a buffer.
         and users[id(layer._buffers.get("weight_values", layer))] <= 1
         and all(
             users[id(parameter)] == 1

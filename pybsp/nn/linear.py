@@ -29,11 +29,12 @@ class BlockSparseLinear(nn.Module):
     pattern is fixed; gradients reach only the kept blocks. To change the pattern
     replace the tensors or call ``load_state_dict``; do not write into the indices.
 
-    Over an int8 matrix ``weight_values`` is an int8 buffer, which is not trained, with
+    Over a bfloat16 matrix ``weight_values`` is a bfloat16 buffer, which is not trained;
+    ``float()`` widens it. Over an int8 matrix it is an int8 buffer, with
     ``weight_scales`` ``(out,)``. ``input_scale`` is then a float32 number, or None
-    where each token of ``x`` gets a scale of its own. It computes with a native copy of
-    these, which a write in place renews, but none through ``.data`` or numpy, which
-    torch does not count: replace the tensor instead.
+    where each token of ``x`` gets a scale of its own. An int8 layer computes with a
+    native copy of these, which a write in place renews, but none through ``.data`` or
+    numpy, which torch does not count: replace the tensor instead.
     """
 
     weight_values: torch.Tensor
@@ -55,12 +56,13 @@ class BlockSparseLinear(nn.Module):
         if input_scale is not None:
             ops.check_input_scale(input_scale)
             if matrix.scales is None:
-                raise ValueError("input_scale is for int8 weights; these are float32")
+                kind = str(matrix.dtype).removeprefix("torch.")
+                raise ValueError(f"input_scale is for int8 weights; these are {kind}")
         super().__init__()
         self.out_features, self.in_features = matrix.shape
         self.block_shape: BlockShape = matrix.block_shape
         self.activation = activation
-        if matrix.scales is None:
+        if matrix.dtype == torch.float32:
             self.weight_values = nn.Parameter(matrix.values.detach())
         else:
             self.register_buffer("weight_values", matrix.values)
@@ -110,12 +112,13 @@ class BlockSparseLinear(nn.Module):
         sizes = (nnz, cols, rows) if column_major else (nnz, rows, cols)
         values = torch.empty(sizes, device="meta", dtype=dtype)
         scales = input_scale = None
-        if dtype == torch.int8:
+        if dtype == torch.float32:
+            layer.weight_values = nn.Parameter(values)
+        else:
             layer.register_buffer("weight_values", values)
+        if dtype == torch.int8:
             scales = torch.empty(linear.out_features, device="meta")
             input_scale = torch.empty((), device="meta") if static else None
-        else:
-            layer.weight_values = nn.Parameter(values)
         layer._column_major = column_major
         for name, size in zip(
             FIELDS[1:], (linear.out_features // rows + 1, nnz), strict=True
@@ -138,25 +141,27 @@ class BlockSparseLinear(nn.Module):
         input_scale: float | None = None,
     ) -> BlockSparseLinear:
         """Keep the blocks of ``linear.weight`` that are not entirely zero; ``dtype``
-        ``"int8"`` quantises them."""
+        ``"int8"`` quantises them, ``"bfloat16"`` rounds them."""
         matrix = BlockSparseMatrix.from_dense(linear.weight, block_shape)
         if dtype != "float32":
             matrix = matrix.quantize(dtype)
         layer = cls(matrix, linear.bias, activation, input_scale)
         layer.train(linear.training)
-        if matrix.scales is None:
+        if matrix.dtype == torch.float32:
             layer.weight_values.requires_grad_(linear.weight.requires_grad)
         if layer.bias is not None:
             layer.bias.requires_grad_(linear.bias.requires_grad)
         return layer
 
-    def quantize(self, input_scale: float | None = None) -> BlockSparseLinear:
-        """The same layer with int8 weights, and the same bias; one that has them
-        already, and no other ``input_scale``, as it is."""
-        matrix = self.matrix
-        if matrix.scales is not None and input_scale in (None, self.static_scale):
+    def quantize(
+        self, input_scale: float | None = None, dtype: str = "int8"
+    ) -> BlockSparseLinear:
+        """The same layer with int8 weights, or bfloat16 ones, and the same bias; one
+        that has them already, and no other ``input_scale``, as it is."""
+        matrix = self.matrix.quantize(dtype)
+        if matrix is self.matrix and input_scale in (None, self.static_scale):
             return self
-        layer = type(self)(matrix.quantize(), None, self.activation, input_scale)
+        layer = type(self)(matrix, None, self.activation, input_scale)
         layer.register_parameter("bias", self.bias)
         return layer.train(self.training)
 
@@ -177,7 +182,7 @@ class BlockSparseLinear(nn.Module):
         )
         linear.weight = nn.Parameter(
             self.weight.detach(),
-            requires_grad=self.weight_values.requires_grad or self.is_int8,
+            requires_grad=self.weight_values.requires_grad or self.is_rounded,
         )
         if self.bias is not None:
             linear.bias = nn.Parameter(
@@ -251,8 +256,9 @@ class BlockSparseLinear(nn.Module):
             values.data, self._column_major = values.data.transpose(1, 2), False
         if isinstance(values, nn.Parameter):
             values.data = ops.column_major_blocks(values.data)
-        elif self.weight_scales is not None:
+        else:
             self.weight_values = values = ops.column_major_blocks(values)
+        if self.weight_scales is not None:
             self.weight_scales = self.weight_scales.contiguous()
             values = self._counting_writes()
         matrix = BlockSparseMatrix(
@@ -283,8 +289,19 @@ class BlockSparseLinear(nn.Module):
 
     @property
     def is_int8(self) -> bool:
-        """Whether the weights are int8 and not float32."""
+        """Whether the weights are int8."""
         return self.weight_scales is not None
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether the weights were rounded, to int8 or bfloat16: a buffer that is not
+        trained."""
+        return "weight_values" in self._buffers
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights: ``"float32"``, ``"bfloat16"`` or ``"int8"``."""
+        return str(self.weight_values.dtype).removeprefix("torch.")
 
     @property
     def static_scale(self) -> float:
@@ -312,8 +329,8 @@ class BlockSparseLinear(nn.Module):
             f"bias={self.bias is not None}, block_shape={self.block_shape}, "
             f"density={self.density:.3f}"
         )
-        if self.is_int8:
-            text += ", dtype=int8"
+        if self.dtype != "float32":
+            text += f", dtype={self.dtype}"
         if self.activation is None:
             return text
         return f"{text}, activation={self.activation}"
@@ -345,7 +362,7 @@ class BlockSparseLinear(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any
     ) -> None:
         """Load packed fields of any pattern, or a dense ``weight`` with zero blocks.
-        The layer stays float32, or int8."""
+        The layer stays float32, bfloat16 or int8."""
         error_messages: list[str] = args[-1]
         try:
             matrix = self._matrix_from_state_dict(state_dict, prefix)
@@ -406,6 +423,8 @@ class BlockSparseLinear(nn.Module):
         return self._as_own_type(matrix)
 
     def _as_own_type(self, matrix: BlockSparseMatrix) -> BlockSparseMatrix:
+        if self.weight_values.dtype == torch.bfloat16 and self.is_rounded:
+            return matrix.quantize("bfloat16")
         if self.weight_scales is None:
             return matrix.dequantize()
         if matrix.scales is None and not self.weight_scales.is_meta:
@@ -423,7 +442,9 @@ class BlockSparseLinear(nn.Module):
             values = torch.empty_like(matrix.values, device=old.device)
             trained = old.requires_grad
             self.weight_values = (
-                values if self.is_int8 else nn.Parameter(values, requires_grad=trained)
+                values
+                if self.is_rounded
+                else nn.Parameter(values, requires_grad=trained)
             )
         for name, indices in zip(
             FIELDS[1:], (matrix.crow_indices, matrix.col_indices), strict=True

@@ -17,9 +17,18 @@ from ..quantization import calibrate
 from .encoder import fuse_encoders_, unfuse_encoders_
 from .fuse import fuse_, unfuse_
 from .linear import BlockSparseLinear
-from .plan import LayerPlan, plan_int8, plan_packing, planned_block_shapes
+from .plan import (
+    LayerPlan,
+    plan_bfloat16,
+    plan_int8,
+    plan_packing,
+    planned_block_shapes,
+)
 from .report import PackReport
 from .shrink import Removed, is_shrunk, shrink_, unshrink_
+
+#: Types of packed weights.
+DTYPES = ("float32", "bfloat16", "int8")
 
 #: Called with the model after ``pack_`` or ``unpack_`` changed it, by name.
 listeners: dict[str, Callable[[nn.Module], None]] = {}
@@ -38,6 +47,9 @@ def pack_(
 ) -> PackReport:
     """Replace, in place, every ``nn.Linear`` with zero blocks where that is faster.
 
+    With ``dtype="bfloat16"`` packed weights are rounded to half the bytes, also those
+    that were packed in float32 before; arithmetic and activations stay float32.
+
     With ``dtype="int8"`` weights are quantised as they are packed, also those of layers
     that were packed in float32 before, and of layers without zero blocks between others
     that have some. Their inputs are quantised in each call: token by token, or by the
@@ -48,8 +60,8 @@ def pack_(
     model : any module with float32 weights on the CPU, possibly packed in part.
     block_shape : ``(out, in)`` blocks for every layer. None: what the pruner recorded
         on the layer or in ``model.config``, else detected from the zeros.
-    dtype : of the packed weights, ``"float32"`` or ``"int8"``. Layers that are int8
-        already stay so.
+    dtype : of the packed weights, ``"float32"``, ``"bfloat16"`` or ``"int8"``. Layers
+        that are int8 already stay so, and bfloat16 ones do not become float32 again.
     fuse : run whole encoders natively, and compute the activation after a packed layer
         inside of it, where the architecture is known. Natively the last hidden states
         are zero at padding.
@@ -65,7 +77,7 @@ def pack_(
         only argument, each) that stand for what is to come, which are run through it;
         or the scales themselves by name, as ``pybsp.quantization.calibrate`` found them
         or as far as they are known.
-    float32_modules : which layers are not quantised where others are: names (any run of
+    float32_modules : which layers are not rounded where others are: names (any run of
         dotted components) or one regular expression. ``quantization.sensitivity`` says
         which ones matter most.
 
@@ -74,12 +86,15 @@ def pack_(
     """
     _check_options(model, dtype, min_gain, tokens)
     float32 = check_names("float32_modules", float32_modules, empty=True)
-    if dtype != "int8" and (calibration is not None or float32):
-        option = "calibration" if calibration is not None else "float32_modules"
-        raise ValueError(f"{option} is for dtype='int8'; dtype is {dtype!r}")
-    if dtype == "int8":
-        plans, removed = _pack_int8(
-            model, block_shape, min_gain, tokens, shrink, calibration, float32
+    if dtype != "int8" and calibration is not None:
+        raise ValueError(f"calibration is for dtype='int8'; dtype is {dtype!r}")
+    if dtype == "float32" and float32:
+        raise ValueError(
+            "float32_modules is for dtype='bfloat16' or 'int8'; dtype is 'float32'"
+        )
+    if dtype != "float32":
+        plans, removed = _pack_rounded(
+            model, block_shape, dtype, min_gain, tokens, shrink, calibration, float32
         )
     else:
         plans, removed = _pack_float32(model, block_shape, min_gain, tokens, shrink)
@@ -107,9 +122,10 @@ def _pack_float32(
     return plans, removed
 
 
-def _pack_int8(
+def _pack_rounded(
     model: nn.Module,
     block_shape: BlockShapeSpec | None,
+    dtype: str,
     min_gain: float,
     tokens: int,
     shrink: bool,
@@ -123,14 +139,19 @@ def _pack_int8(
             f"float32_modules={float32!r} matches no linear layer of this model, such "
             f"as {names[0]!r}"
         )
-    scales = _input_scales(model, plan_int8(model, plans, float32), calibration)
-    # Weights are quantised whole, as they are saved, and left out of afterwards.
+
+    def rounded() -> list[LayerPlan]:
+        if dtype == "int8":
+            return plan_int8(model, plans, float32)
+        return plan_bfloat16(plans, float32)
+
+    scales = _input_scales(model, rounded(), calibration)
+    # Weights are rounded whole, as they are saved, and left out of afterwards.
     if is_shrunk(model):
         unshrink_(model)
         plans = plan_packing(model, block_shape)
     plans = [
-        _decide(plan.with_input_scales(scales), min_gain, tokens)
-        for plan in plan_int8(model, plans, float32)
+        _decide(plan.with_input_scales(scales), min_gain, tokens) for plan in rounded()
     ]
     _build(model, plans)
     removed = shrink_(model) if shrink else []
@@ -214,8 +235,10 @@ def _check_options(model: nn.Module, dtype: str, min_gain: float, tokens: int) -
             "pack_ replaces layers inside a model and this model is one nn.Linear; use "
             "pybsp.nn.BlockSparseLinear.from_linear(linear, block_shape)"
         )
-    if dtype not in ("float32", "int8"):
-        raise ValueError(f"dtype must be 'float32' or 'int8'; got {dtype!r}")
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"dtype must be 'float32', 'bfloat16' or 'int8'; got {dtype!r}"
+        )
     if not min_gain >= 0:
         raise ValueError(f"min_gain must be 0 or a positive ratio; got {min_gain!r}")
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:

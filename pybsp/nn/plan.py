@@ -85,10 +85,11 @@ class LayerPlan:
     def build(self, shared: dict[int, BlockSparseLinear]) -> BlockSparseLinear:
         """The packed layer; weights shared between linears stay shared."""
         if self.packed is not None:
-            if self.report.dtype == "float32":
+            if self.report.dtype == self.packed.dtype != "int8":
                 return self.packed
             weight: torch.Tensor = self.packed.weight_values
-            layer = self.packed.quantize(self.report.input_scale)
+            scale = self.report.input_scale if self.report.dtype == "int8" else None
+            layer = self.packed.quantize(scale, self.report.dtype)
         else:
             assert self.linear is not None
             assert self.report.block_shape is not None
@@ -156,6 +157,29 @@ def plan_int8(
     ]
 
 
+def plan_bfloat16(
+    plans: list[LayerPlan], float32: str | tuple[str, ...] = ()
+) -> list[LayerPlan]:
+    """``plans`` with bfloat16 weights where they were float32 and are packed, but for
+    the modules that ``float32`` names."""
+    return [
+        plan
+        if any(is_among(name, float32) for name in plan.names)
+        else _as_bfloat16(plan)
+        for plan in plans
+    ]
+
+
+def _as_bfloat16(plan: LayerPlan) -> LayerPlan:
+    report = plan.report
+    if not report.packed or report.dtype != "float32":
+        return plan
+    weights = round(report.density * report.shape[0] * report.shape[1])
+    size = report.packed_bytes - 2 * weights
+    report = replace(report, dtype="bfloat16", packed_bytes=size, reason="")
+    return replace(plan, report=report)
+
+
 def _stacks(model: nn.Module, names: tuple[str, ...]) -> set[str]:
     """The outermost lists of layers in which a layer stands."""
     found = set()
@@ -180,8 +204,9 @@ def _as_int8(plan: LayerPlan, usual: BlockShape | None) -> LayerPlan:
         reason = f"8-bit products are exact up to {MOST_INT8_INPUTS} inputs"
         return replace(plan, report=replace(report, reason=reason))
     if plan.packed is not None:
-        # One byte instead of four for each weight, and a scale for each row.
-        less = 3 * plan.packed.weight_values.numel() - 4 * rows
+        # One byte for each weight, and a scale for each row.
+        values = plan.packed.weight_values
+        less = values.nbytes - values.numel() - 4 * rows
         smaller = replace(report, packed_bytes=report.packed_bytes - less, reason="")
         return replace(plan, report=replace(smaller, dtype="int8"))
     if not report.packed:
@@ -346,7 +371,7 @@ def _report_packed(name: str, layer: BlockSparseLinear) -> LayerReport:
         density=layer.density,
         packed=True,
         reason="was packed already",
-        dtype="int8" if layer.is_int8 else "float32",
+        dtype=layer.dtype,
         input_scale=layer.static_scale,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -142,10 +143,12 @@ class PackReport:
     def summary(self) -> str:
         """What became of the layers, neurons and heads, and the encoders, in lines."""
         ratio = self.packed_bytes / self.dense_bytes if self.dense_bytes else 1.0
-        int8 = sum(layer.dtype == "int8" for layer in self.layers)
+        rounded = Counter(
+            layer.dtype for layer in self.layers if layer.dtype != "float32"
+        )
         layers = (
             f"{len(self.packed)} of {len(self.layers)} linear layers packed, "
-            + (f"{int8} of them in int8, " if int8 else "")
+            + "".join(f"{n} of them in {kind}, " for kind, n in rounded.items())
             + f"{self.dense_bytes / 1e6:.2f} -> {self.packed_bytes / 1e6:.2f} MB "
             f"({ratio:.2f}x); times for {self.tokens} tokens"
             + "".join(
@@ -160,7 +163,7 @@ def _form(layer: LayerReport) -> str:
     if not layer.packed:
         return "dense"
     static = ", static" if layer.input_scale else ""
-    return f"packed, {layer.dtype}{static}" if layer.dtype == "int8" else "packed"
+    return "packed" if layer.dtype == "float32" else f"packed, {layer.dtype}{static}"
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -235,7 +235,8 @@ def _resize(
     scales: torch.Tensor | None,
 ) -> None:
     """Give a layer another weight and bias; dense if no zero block is left in it, but
-    for int8 weights, which stay the same numbers by their ``scales``."""
+    for bfloat16 weights, and int8 ones, which stay the same numbers by their
+    ``scales``."""
     if bias is not None:
         trained = layer.bias is not None and layer.bias.requires_grad
         bias = nn.Parameter(bias, requires_grad=trained)
@@ -247,6 +248,8 @@ def _resize(
     matrix = BlockSparseMatrix.from_dense(weight, layer.block_shape)
     if scales is not None:
         matrix = matrix.quantize_with(scales)
+    elif layer.dtype == "bfloat16":
+        matrix = matrix.quantize("bfloat16")
     packed = BlockSparseLinear(
         matrix,
         None,
@@ -256,5 +259,5 @@ def _resize(
     packed.register_parameter("bias", bias)
     packed.weight_values.requires_grad_(layer.weight_values.requires_grad)
     packed.train(layer.training)
-    dense = matrix.density == 1 and packed.activation is None and scales is None
+    dense = matrix.density == 1 and packed.activation is None and not packed.is_rounded
     owner.set_submodule(path, packed.to_linear() if dense else packed)

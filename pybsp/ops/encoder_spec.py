@@ -2,7 +2,7 @@
 
 Every tensor is float32 on the CPU and used where it lies: no weight is copied, and a
 weight that is changed in place is seen by the next call. int8 matrices are the
-exception: they hold a copy of their numbers.
+exception: they hold a copy of their numbers. Block-sparse values may be bfloat16.
 """
 
 from __future__ import annotations

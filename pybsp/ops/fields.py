@@ -54,19 +54,27 @@ def bind_pattern(
 ) -> Any:
     """Check the fields of a block-sparse matrix and return the native pattern.
 
-    The pattern keeps the index tensors' memory; they must not be written to.
+    The pattern keeps the index tensors' memory; they must not be written to. It takes
+    values of the type of ``values``, float32 or bfloat16.
     """
     if values.dtype == torch.int8:
         raise TypeError("int8 values need scales, one for each output; got none")
-    if values.dtype != torch.float32:
+    if values.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(
-            f"values must be float32; got {values.dtype}; call .float() first"
+            f"values must be float32 or bfloat16; got {values.dtype}; call .float() "
+            "first"
+        )
+    bfloat16 = values.dtype == torch.bfloat16
+    if bfloat16 and values.requires_grad:
+        raise TypeError(
+            "bfloat16 values are not trained and these require grad; train in float32: "
+            "call .float() first"
         )
     _check_fields(crow_indices, col_indices, values)
     block_shape = (values.shape[1], values.shape[2])
     return _core.BlockSparsePattern(
         crow_indices.detach().cpu().numpy(), col_indices.detach().cpu().numpy(),
-        shape, block_shape,
+        shape, block_shape, bfloat16,
     )  # fmt: skip
 
 

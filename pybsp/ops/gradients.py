@@ -28,8 +28,10 @@ def gradients(
     """Those of the gradients in ``x``, ``values`` and the bias that are needed.
 
     With a ``pattern`` the native calls are made directly, without it through the
-    operators.
+    operators. bfloat16 ``values`` are not trained, but what comes before them may be.
     """
+    if values.dtype == torch.bfloat16:
+        values, pattern = values.float(), None
     product: Any = torch.ops.pybsp if pattern is None else _Native(pattern)
     if torch._C._functorch.is_legacy_batchedtensor(grad):
         product = _Reference  # is_grads_batched, for which native products have no rule

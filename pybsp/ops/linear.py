@@ -16,6 +16,7 @@ from .int8 import EagerInt8Product, check_input_scale, multiply_int8
 # Global names: an attribute of torch costs a twentieth of a microsecond a look-up.
 _cpu = torch.device("cpu")
 _float32 = torch.float32
+_bfloat16 = torch.bfloat16
 _plain_tensors = {torch.Tensor, torch.nn.Parameter}
 _get_num_threads = torch.get_num_threads
 _is_compiling = torch.compiler.is_compiling
@@ -56,6 +57,8 @@ def block_sparse_linear(
     input_scale : for an int8 ``W``, which multiplies ``x`` rounded to whole numbers of
         this size, at most 127; 0: ``max |x| / 127`` of each token by itself
 
+    bfloat16 ``W.values`` are widened, and all arithmetic is float32.
+
     Returns ``(..., out)`` of the kind of ``x``. Differentiable in ``x``, ``bias``,
     ``residual`` and float32 ``W.values``; ``W``'s pattern is fixed. Works under
     ``inference_mode``, ``torch.compile`` and ``torch.export``.
@@ -78,7 +81,7 @@ def block_sparse_linear(
             values, pattern, (out_features, in_features) = W.values, W.pattern, W.shape
         except AttributeError:
             return block_sparse_linear(x, _from_bsr(W), bias, activation, residual)
-        if values.dtype is not _float32:
+        if values.dtype is not _float32 and values.dtype is not _bfloat16:
             return _block_sparse_linear_int8(
                 x, W, bias, activation, residual, input_scale
             )
@@ -402,10 +405,15 @@ def block_sparse_linear_fields(
     x = _autocast(x)
     if x.dtype != torch.float32:
         raise TypeError(f"x must be float32; got {x.dtype}; call .float() first")
-    wanted = torch.float32 if scales is None else torch.int8
-    if values.dtype != wanted:
-        remedy = "call .float() first" if scales is None else "quantize them again"
-        raise TypeError(f"values must be {wanted}; got {values.dtype}; {remedy}")
+    if scales is not None and values.dtype != torch.int8:
+        raise TypeError(
+            f"values must be torch.int8; got {values.dtype}; quantize them again"
+        )
+    if scales is None and values.dtype not in (_float32, _bfloat16):
+        raise TypeError(
+            f"values must be float32 or bfloat16; got {values.dtype}; call .float() "
+            "first"
+        )
     _check_features(x, shape)
     if bias is not None:
         bias = checked_bias(bias, shape[0], x.device)

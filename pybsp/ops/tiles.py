@@ -90,7 +90,7 @@ def block_sparse_linear_tiles(
             "W must be a pybsp.BlockSparseMatrix on the CPU; got "
             f"{type(W).__name__}{place}"
         )
-    if W.values.dtype is not torch.float32:
+    if W.values.dtype is torch.int8:
         raise TypeError(
             "tiles hold float32 and W int8; use block_sparse_linear, or W.dequantize()"
         )
@@ -196,7 +196,7 @@ def _plain(x: Any, calls: list[tuple[Any, ...]]) -> bool:
     for W, *_ in calls:
         if not hasattr(W, "pattern") or not W.values.is_cpu:
             return False
-        if W.values.dtype is not torch.float32:
+        if W.values.dtype is torch.int8:
             return False
     tensors = [x]
     for W, bias, _, residual in calls:

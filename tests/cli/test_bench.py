@@ -3,6 +3,7 @@ import torch
 
 from pybsp.cli import bench, bench_tables, breakdown, engines, measurement
 from pybsp.cli.models import load_classifier
+from pybsp.nn import BlockSparseLinear
 from pybsp.nn.report import EncoderReport
 
 QUICK = ("--seconds", "0.1")
@@ -285,6 +286,32 @@ def test_int8_tables(cli, int8):
     assert "arithmetic floor" not in run.stdout
     run = cli("bench", int8, *QUICK, "--seq", "8,16")
     assert run.status == 0, run.stderr
+
+
+@pytest.fixture
+def bfloat16(cli, own_pruned):
+    assert cli("pack", own_pruned, "--dtype", "bfloat16").status == 0
+    return own_pruned
+
+
+def test_bfloat16_beside_its_float32_form(cli, bfloat16):
+    run = cli("bench", bfloat16, *QUICK, "--seq", "16", "--json")
+    assert run.status == 0, run.stderr
+    assert run.data["dtype"] == "bfloat16"
+    (row,) = run.data["measurements"]
+    assert set(row["candidates"]) == {"dense", "packed", "packed float32"}
+    assert row["speedup_over_packed_float32"]["median"] > 0
+    assert row["floor"]["times_floor"] > 0  # the arithmetic is that of float32
+    model, _ = load_classifier(str(bfloat16), 2)
+    before = breakdown.weight_bytes(model)
+    assert run.data["memory"]["packed_weight_bytes"] == before
+    layers = [m for m in model.modules() if isinstance(m, BlockSparseLinear)]
+    weights = sum(layer.float().weight_values.numel() for layer in layers)
+    assert breakdown.weight_bytes(model) == before + 2 * weights
+    run = cli("bench", bfloat16, *QUICK, "--seq", "8")
+    assert run.status == 0, run.stderr
+    for text in ("embeddings and encoder in bfloat16", "arithmetic floor"):
+        assert text in run.stdout, text
 
 
 def test_int8_weights_in_memory_are_those_of_the_kernels_too(int8):

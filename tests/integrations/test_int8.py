@@ -332,7 +332,7 @@ def test_a_newer_version_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "value", "message"),
     [
-        ("dtype", "int4", "'float32' or 'int8'; got 'int4'"),
+        ("dtype", "int4", "'bfloat16' or 'int8'; got 'int4'"),
         ("input_scales", [1], "maps names to numbers"),
         ("input_scales", {LAYER: "1"}, "maps names to numbers"),
         ("input_scales", {LAYER: -1.0}, "input_scale must be"),

@@ -519,3 +519,82 @@ def test_int8_made_in_inference_mode_notices_writes(field):
     )
     expected = pybsp.ops.block_sparse_linear(x, fresh, input_scale=layer.static_scale)
     assert torch.equal(after, expected)
+
+
+def bfloat16_layer(activation=None):
+    return BlockSparseLinear.from_linear(
+        pruned_linear(), (8, 1), activation, dtype="bfloat16"
+    )
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_bfloat16_computes_the_product_of_rounded_weights(activation):
+    linear, x = pruned_linear(), torch.randn(2, 5, 16)
+    layer = BlockSparseLinear.from_linear(linear, (8, 1), activation, dtype="bfloat16")
+    with torch.no_grad():
+        linear.weight.copy_(linear.weight.bfloat16())
+        wide = BlockSparseLinear.from_linear(linear, (8, 1), activation)
+        assert torch.equal(layer(x), wide(x))
+        assert torch.equal(
+            layer(x.as_subclass(type("X", (torch.Tensor,), {}))), wide(x)
+        )
+        assert torch.equal(wide.quantize(dtype="bfloat16")(x), wide(x))
+        widened = copy.deepcopy(layer).float()
+        assert widened.dtype == "float32"
+        assert torch.equal(widened(x), wide(x))
+    assert layer.dtype == "bfloat16"
+    assert "dtype=bfloat16" in repr(layer)
+    assert layer.matrix.values is layer.weight_values
+    assert layer.quantize(dtype="bfloat16") is layer
+    assert layer.weight_values.nbytes * 2 == wide.weight_values.nbytes
+
+
+def test_bfloat16_weights_are_not_trained_and_the_rest_is():
+    layer = bfloat16_layer()
+    assert [name for name, _ in layer.named_parameters()] == ["bias"]
+    layer.requires_grad_(True)
+    x = torch.randn(3, 16, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, 16))
+    assert layer.bias.grad is not None
+    linear = layer.to_linear()
+    assert linear.weight.requires_grad
+    assert linear.weight.dtype == torch.float32
+
+
+def test_bfloat16_sees_writes_copies_and_states():
+    layer, x = bfloat16_layer(), torch.randn(3, 16)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    with torch.inference_mode():
+        before = layer(x)
+        layer.weight_values.mul_(2)
+        assert not torch.equal(layer(x), before)
+        assert torch.equal(twin(x), before)
+    other = bfloat16_layer()
+    other.load_state_dict(twin.state_dict())  # dense
+    fields = {name: getattr(twin, name) for name in FIELDS}
+    layer.load_state_dict({**fields, "bias": twin.bias})  # packed
+    wide = BlockSparseLinear.from_linear(pruned_linear(), (8, 1))
+    wide.load_state_dict({**fields, "bias": twin.bias})
+    with torch.no_grad():
+        for loaded, dtype in (
+            (other, "bfloat16"),
+            (layer, "bfloat16"),
+            (wide, "float32"),
+        ):
+            assert loaded.dtype == dtype
+            assert torch.equal(loaded(x), before)
+        layer.weight_values = layer.weight_values.contiguous()  # block by block
+        assert torch.equal(layer(x), before)
+        assert layer.matrix.values is layer.weight_values
+
+
+def test_bfloat16_has_no_input_scale():
+    matrix = bfloat16_layer().matrix
+    with pytest.raises(ValueError, match="for int8 weights; these are bfloat16"):
+        BlockSparseLinear(matrix, input_scale=0.1)
+    with pytest.raises(TypeError, match="float32 or bfloat16"):
+        bfloat16_layer().half()(torch.randn(3, 16))
+    frozen = BlockSparseLinear.from_linear(pruned_linear(), (8, 1))
+    with pytest.raises(TypeError, match="bfloat16 values are not trained"):
+        frozen.bfloat16()(torch.randn(3, 16))

@@ -397,6 +397,13 @@ def test_int8_a_scale_of_zero_makes_a_layer_dynamic(packed):
     ("options", "error", "message"),
     [
         ({"dtype": "float32", "calibration": []}, ValueError, "for dtype='int8'"),
+        ({"dtype": "bfloat16", "calibration": []}, ValueError, "for dtype='int8'"),
+        (
+            {"dtype": "bfloat16", "float32_modules": ["x"]},
+            ValueError,
+            "no linear layer",
+        ),
+        ({"dtype": "float16"}, ValueError, "'float32', 'bfloat16' or 'int8'"),
         ({"calibration": {"x": torch.ones(1)}}, TypeError, "into a list"),
         ({"calibration": {"7": 0.1}}, ValueError, "'7', which is no linear layer"),
         ({"calibration": {"0": -0.1}}, ValueError, "input_scale must be"),
@@ -404,7 +411,7 @@ def test_int8_a_scale_of_zero_makes_a_layer_dynamic(packed):
         (
             {"dtype": "float32", "float32_modules": ["0"]},
             ValueError,
-            "for dtype='int8'",
+            "for dtype='bfloat16' or 'int8'; dtype is 'float32'",
         ),
         ({"float32_modules": ["x"]}, ValueError, "matches no linear layer"),
         ({"float32_modules": 3}, ValueError, "regular expression or a list"),
@@ -459,3 +466,75 @@ def test_an_error_in_a_layer_leaves_all_as_they_were(monkeypatch):
     with pytest.raises(MemoryError):
         pack_(model, min_gain=0)
     assert type(model[0]) is nn.Linear
+
+
+def test_bfloat16_rounds_packed_layers_alone():
+    model, x = stacked_model(), torch.randn(9, 32)
+    twin = copy.deepcopy(model)
+    report = pack_(model, dtype="bfloat16", min_gain=0)
+    assert [layer.dtype for layer in report.layers] == [
+        "bfloat16", "float32", "bfloat16", "float32",
+    ]  # fmt: skip
+    assert type(model.layers[1]) is nn.Linear
+    for line, layer in zip(report.layers, model.layers, strict=False):
+        if line.packed:
+            assert layer.weight_values.dtype == torch.bfloat16
+            assert line.packed_bytes == layer.matrix.nbytes
+    assert "2 of 4 linear layers packed, 2 of them in bfloat16" in str(report)
+    assert "packed, bfloat16" in str(report)
+    with torch.no_grad():
+        for i in (0, 2):
+            twin.layers[i].weight.copy_(twin.layers[i].weight.bfloat16())
+        pack_(twin, min_gain=0)
+        assert torch.equal(model(x), twin(x))
+
+
+def test_bfloat16_after_float32_before_int8_and_back():
+    model, x = small_model(), torch.randn(5, 32)
+    direct, int8 = copy.deepcopy(model), copy.deepcopy(model)
+    pack_(direct, dtype="bfloat16", min_gain=0)
+    pack_(model, min_gain=0)
+    report = pack_(model, dtype="bfloat16", min_gain=0)
+    assert [layer.dtype for layer in report.layers[:2]] == ["bfloat16"] * 2
+    for line, layer in zip(report.layers, (model[0], model[2]), strict=False):
+        assert line.packed_bytes == layer.matrix.nbytes
+    with torch.no_grad():
+        assert torch.equal(model(x), direct(x))
+    before = model[0]
+    for dtype in ("float32", "bfloat16"):  # stays as it is
+        report = pack_(model, dtype=dtype, min_gain=0)
+        assert report.layers[0].dtype == "bfloat16"
+        assert report.layers[0].reason == "was packed already"
+    assert model[0] is before
+    weight = model[0].weight.clone()
+    report = pack_(model, dtype="int8", min_gain=0)
+    assert model[0].is_int8
+    assert report.layers[0].packed_bytes == model[0].matrix.nbytes
+    pack_(int8, dtype="int8", min_gain=0)
+    report = pack_(int8, dtype="bfloat16", min_gain=0)
+    assert report.layers[0].dtype == "int8"
+    unpack_(direct)
+    assert torch.equal(direct[0].weight, weight)
+    assert direct[0].weight.requires_grad
+
+
+def test_bfloat16_decides_as_float32_does(monkeypatch):
+    def cost(shape, block_shape, density, tokens, threshold):  # noqa: ARG001
+        return Cost(100.0, 20.0 if shape == (64, 32) else 200.0)
+
+    monkeypatch.setattr(pack, "expected_cost", cost)
+    model = small_model()
+    report = pack_(model, dtype="bfloat16")
+    kinds = {line.shape: (line.packed, line.dtype) for line in report.layers}
+    assert kinds[64, 32] == (True, "bfloat16")
+    assert all(kind == (False, "float32") for s, kind in kinds.items() if s != (64, 32))
+
+
+def test_bfloat16_keeps_shared_weights_shared_and_named_layers_float32():
+    first, second = prune(nn.Linear(32, 32)), nn.Linear(32, 32)
+    second.weight = first.weight
+    model = nn.Sequential(first, second, prune(nn.Linear(32, 32)))
+    report = pack_(model, dtype="bfloat16", min_gain=0, float32_modules=["2"])
+    assert model[0].weight_values is model[1].weight_values
+    assert [line.dtype for line in report.layers] == ["bfloat16"] * 2 + ["float32"]
+    assert isinstance(model[2].weight_values, nn.Parameter)

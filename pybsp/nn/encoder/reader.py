@@ -120,7 +120,7 @@ class Reader:
         return LinearSpec(weight, bias, input_scale)
 
     def _check_values(self, layer: BlockSparseLinear) -> None:
-        if not layer.is_int8:
+        if not layer.is_rounded:
             self._check(layer, "weight_values", layer.weight_values, strided=False)
         self.expect(
             layer.weight_values.is_cpu,
@@ -131,8 +131,11 @@ class Reader:
         """The fields of a packed weight; its input scale."""
         for field in FIELDS[1:]:
             self.buffer(layer, field)
-        if not layer.is_int8:
+        if not layer.is_rounded:
             self.parameter(layer, "weight_values", strided=False)
+            return 0.0
+        if not layer.is_int8:
+            self._tensors.append(self.buffer(layer, "weight_values"))
             return 0.0
         # The native matrix is a copy of these.
         for field in (FIELDS[0], SCALES, INPUT_SCALE):
