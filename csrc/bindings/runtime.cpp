@@ -5,6 +5,7 @@
 
 #include "bindings/module.h"
 #include "kernels/fma_peak.h"
+#include "kernels/int8_products.h"
 #include "kernels/read_bandwidth.h"
 #include "kernels/variants.h"
 #include "runtime/isa.h"
@@ -28,6 +29,7 @@ void register_runtime(py::module_& module) {
   module.def("tile_peak", &tile_peak, py::call_guard<py::gil_scoped_release>());
   module.def("read_bandwidth", &read_bandwidth, py::arg("bytes"),
              py::call_guard<py::gil_scoped_release>());
+  module.def("max_int8_inputs", [] { return kMaxInt8Inputs; });
   module.def("l2_cache_bytes", &l2_cache_bytes);
   module.def("token_tile", [] {
     const Variants& isa = variants(active_isa());

@@ -24,9 +24,6 @@ from .detect import detect_block_shape
 from .linear import FIELDS, SCALES, BlockSparseLinear
 from .report import LayerReport
 
-#: Inputs of a layer up to which int8 products are exact.
-MOST_INT8_INPUTS = 65536
-
 
 class NothingToPack(ValueError):
     """The model has no layer with zero blocks."""
@@ -200,8 +197,8 @@ def _as_int8(plan: LayerPlan, usual: BlockShape | None) -> LayerPlan:
             return plan
     elif plan.fixed:
         return plan
-    if (report.packed or usual is not None) and report.shape[1] > MOST_INT8_INPUTS:
-        reason = f"8-bit products are exact up to {MOST_INT8_INPUTS} inputs"
+    if (report.packed or usual is not None) and report.shape[1] > ops.max_int8_inputs():
+        reason = f"8-bit products are exact up to {ops.max_int8_inputs()} inputs"
         return replace(plan, report=replace(report, reason=reason))
     if plan.packed is not None:
         # One byte for each weight, and a scale for each row.

@@ -21,6 +21,8 @@ fma_peak = _core.fma_peak
 #: The same of the forward kernel's widest tile with weights and inputs in L1: what its
 #: instructions allow at the clock rate the CPU keeps while it loads.
 tile_peak = _core.tile_peak
+#: Inputs of a layer up to which 8-bit products are exact.
+max_int8_inputs = _core.max_int8_inputs
 #: Bytes of one core's second-level cache as the kernels take it.
 l2_cache_bytes = _core.l2_cache_bytes
 #: Tokens in a vector and vectors in the widest tile, of the instruction set in use.
