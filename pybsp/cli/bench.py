@@ -65,14 +65,17 @@ def run(arguments: argparse.Namespace) -> Result:
     check_same(dense, packed, min(arguments.seq))
     dtype = measurement.packed_dtype(packed)
     encoders = breakdown.encoders(packed)
-    peak = arguments.threads * ops.fma_peak()
+    peaks = {
+        "peak": arguments.threads * ops.fma_peak(),
+        "int8_peak": arguments.threads * ops.dot_peak(),
+    }
     data: dict[str, Any] = {
         "environment": environment.describe(),
         "dtype": dtype,
         "encoders": [asdict(encoder) for encoder in encoders],
         "memory": breakdown.memory(dense, packed),
         "measurements": [
-            measure(dense, packed, batch, sequence, peak, arguments)
+            measure(dense, packed, batch, sequence, peaks, arguments)
             for batch, sequence in shapes
         ],
     }
@@ -87,10 +90,10 @@ def run(arguments: argparse.Namespace) -> Result:
 
 
 def measure(
-    dense: Any, packed: Any, batch: int, sequence: int, peak: float,
+    dense: Any, packed: Any, batch: int, sequence: int, peaks: dict[str, float],
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:  # fmt: skip
-    """Everything about one input; ``peak``: operations a second of all threads."""
+    """Everything about one input; ``peaks``: operations a second of all threads."""
     from . import breakdown, measurement
 
     print(f"timing {batch} x {sequence} tokens ...", file=sys.stderr, flush=True)
@@ -110,10 +113,7 @@ def measure(
     median_ms = latency["candidates"]["packed"]["median_ms"]
     try:
         found: dict[str, Any] = {
-            # The peak is that of float32 arithmetic.
-            "floor": breakdown.floor(model, inputs, peak=peak, median_ms=median_ms)
-            if latency["dtype"] != "int8"
-            else None,
+            "floor": breakdown.floor(model, inputs, median_ms=median_ms, **peaks),
             "parts": breakdown.parts(
                 model, inputs, others, threads=threads, seconds=seconds / 2
             ),

@@ -92,7 +92,7 @@ def throughput_table(rows: Sequence[Row]) -> Table:
     floors = [row["floor"] for row in rows]
     title = "packed"
     if floors[0]:
-        title += f", floor at {floors[0]['peak_gflops']:.0f} GFLOP/s"
+        title += f", floor at {_peaks(floors[0])}"
     table = Table(
         title=title,
         title_justify="left",
@@ -119,9 +119,16 @@ def throughput_table(rows: Sequence[Row]) -> Table:
 def floor_line(row: Row) -> str:
     floor = row["floor"]
     return (
-        f"arithmetic floor {floor['ms']:.2f} ms at {floor['peak_gflops']:.0f} "
-        f"GFLOP/s: {floor['times_floor']:.2f}x"
+        f"arithmetic floor {floor['ms']:.2f} ms at {_peaks(floor)}: "
+        f"{floor['times_floor']:.2f}x"
     )
+
+
+def _peaks(floor: Row) -> str:
+    text = f"{floor['peak_gflops']:.0f} GFLOP/s"
+    if "int8_peak_gops" not in floor:
+        return text
+    return f"{text}, 8 bits at {floor['int8_peak_gops']:.0f} GOP/s"
 
 
 def parts_table(rows: Sequence[Row]) -> Table:

@@ -92,9 +92,11 @@ def parts(
 
 
 def floor(
-    model: Any, inputs: Mapping[str, torch.Tensor], *, peak: float, median_ms: float
-) -> dict[str, Any]:
-    """The time of the multiply-adds alone at ``peak`` operations a second.
+    model: Any, inputs: Mapping[str, torch.Tensor], *, peak: float, int8_peak: float,
+    median_ms: float,
+) -> dict[str, Any]:  # fmt: skip
+    """The time of the multiply-adds alone at ``peak`` operations a second, and of those
+    of int8 weights at ``int8_peak``.
 
     They are those of the kept weights of the encoder and of attention, for tokens that
     are not padding. Raises ``NotNative``.
@@ -104,12 +106,18 @@ def floor(
     try:
         with torch.inference_mode():
             count = forward.spec.multiply_adds(lengths)
+            int8 = forward.spec.int8_multiply_adds(lengths)
     except Deviation as deviation:
         raise NotNative(str(deviation)) from deviation
-    least_ms = 2e3 * count / peak
+    least_ms = 2e3 * ((count - int8) / peak + int8 / int8_peak)
+    products = {
+        "int8_multiply_adds": int8,
+        "int8_peak_gops": round(int8_peak / 1e9, 1),
+    }
     return {
         "multiply_adds": count,
         "peak_gflops": round(peak / 1e9, 1),
+        **(products if int8 else {}),
         "ms": round(least_ms, 4),
         "times_floor": round(median_ms / least_ms, 3),
     }

@@ -112,6 +112,14 @@ class EncoderSpec:
             for length in lengths
         )
 
+    def int8_multiply_adds(self, lengths: Iterable[int]) -> int:
+        """Those of them that are 8-bit products."""
+        return sum(lengths) * sum(
+            _kept(linear.weight)
+            for linear in self._linears()
+            if getattr(linear.weight, "scales", None) is not None
+        )
+
     def _linears(self) -> Iterator[LinearSpec]:
         for layer in self.layers:
             yield from layer.attention.projections

@@ -269,7 +269,15 @@ def test_int8_beside_its_float32_form(cli, int8):
     assert set(row["candidates"]) == {"dense", "packed", "packed float32"}
     assert row["best_dense"] == "dense"
     assert row["speedup_over_packed_float32"]["median"] > 0
-    assert row["floor"] is None
+    floor = row["floor"]
+    assert 0 < floor["int8_multiply_adds"] < floor["multiply_adds"]
+    least = (
+        2e-6 * floor["int8_multiply_adds"] / floor["int8_peak_gops"]
+        + 2e-6
+        * (floor["multiply_adds"] - floor["int8_multiply_adds"])
+        / floor["peak_gflops"]
+    )
+    assert floor["ms"] == pytest.approx(least, rel=0.05, abs=1e-4)
     assert row["parts"]["ms"]["up"] > 0
     (encoder,) = run.data["encoders"]
     assert encoder["native"]
@@ -280,10 +288,9 @@ def test_int8_tables(cli, int8):
     assert run.status == 0, run.stderr
     for text in (
         "embeddings and encoder in int8", "packed float32", "int8, measured",
-        "feed-forward down",
+        "feed-forward down", "arithmetic floor", "8 bits at",
     ):  # fmt: skip
         assert text in run.stdout, text
-    assert "arithmetic floor" not in run.stdout
     run = cli("bench", int8, *QUICK, "--seq", "8,16")
     assert run.status == 0, run.stderr
 
