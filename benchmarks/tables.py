@@ -216,6 +216,21 @@ def quantization() -> str:
     return markdown(["scales", *head], [[name, *row] for name, row in rows.items()])
 
 
+def bfloat16() -> str:
+    """Times of bfloat16 over those of float32, by what is multiplied."""
+    run = load("bfloat16.json")[0]
+    tokens = sorted({row["M"] for row in run["rows"]})
+    ratios = {(row["what"], row["M"]): row["ratio"] for row in run["rows"]}
+    names = dict.fromkeys(row["what"] for row in run["rows"])
+    return markdown(
+        ["", *(f"{count} tokens" if count > 1 else "1 token" for count in tokens)],
+        [
+            [name.replace("layers ", ""), *(f"{ratios[name, n]:.2f}" for n in tokens)]
+            for name in names
+        ],
+    )
+
+
 def one_shot() -> str:
     """Cuts without training: by norm, and by reconstruction."""
     rows = [
@@ -261,6 +276,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear": linear,
     "one_shot": one_shot,
     "recovery": recovery,
+    "bfloat16": bfloat16,
     "hook": hook,
     "penalty": penalty,
     "quantization": quantization,
