@@ -25,13 +25,13 @@ inline Vec8 load_outputs(const T* p, int some) {
 }
 
 // acc[s][t] += the columns of a block times their inputs of token t, for kSubs times
-// eight of its outputs. Weights `ahead` of them are fetched into L1.
-template <int kTokens, int kSubs, bool kSome, typename T>
+// eight of its outputs. With kAhead, weights `ahead` of them are fetched into L1.
+template <int kTokens, int kSubs, bool kSome, bool kAhead, typename T>
 inline const T* add_columns(const T* w, int64_t ahead, int64_t cols, int64_t r,
                             const float* const (&x)[kTokens], int64_t first_col,
                             int some, Vec8 (&acc)[kSubs][kTokens]) {
   for (int64_t i = 0; i < cols; ++i, w += r) {
-    __builtin_prefetch(w + ahead);
+    if constexpr (kAhead) __builtin_prefetch(w + ahead);
     PYBSP_UNROLL
     for (int s = 0; s < kSubs; ++s) {
       const Vec8 weight = load_outputs<kSome>(w + 8 * s, some);
@@ -74,19 +74,27 @@ void multiply_outputs(const BlockSparseView& weight, int64_t block_row, int64_t 
     const int64_t blocks = crow[g + 1] - crow[g];
     if (blocks < shared) shared = blocks;
   }
-  for (int64_t b = 0; b < shared; ++b) {
+  // As many blocks of one column as a line has room for.
+  constexpr int kLine = 64 / (8 * kSubs * static_cast<int>(sizeof(T)));
+  constexpr int kStep = kOneColumn && kLine > 1 ? kLine : 1;
+  int64_t b = 0;
+  for (; b + kStep <= shared; b += kStep) {
     PYBSP_UNROLL
     for (int g = 0; g < kLists; ++g) {
-      w[g] = add_columns<kTokens, kSubs, kSome>(w[g], ahead, c, r, x, cols[g][b] * c,
-                                                some, acc[g]);
+      if constexpr (kOneColumn) __builtin_prefetch(w[g] + ahead);
+      PYBSP_UNROLL
+      for (int k = 0; k < kStep; ++k) {
+        w[g] = add_columns<kTokens, kSubs, kSome, !kOneColumn>(
+            w[g], ahead, c, r, x, cols[g][b + k] * c, some, acc[g]);
+      }
     }
   }
   PYBSP_UNROLL
   for (int g = 0; g < kLists; ++g) {
     const int64_t blocks = crow[g + 1] - crow[g];
-    for (int64_t b = shared; b < blocks; ++b) {
-      w[g] = add_columns<kTokens, kSubs, kSome>(w[g], ahead, c, r, x, cols[g][b] * c,
-                                                some, acc[g]);
+    for (int64_t rest = b; rest < blocks; ++rest) {
+      w[g] = add_columns<kTokens, kSubs, kSome, !kOneColumn>(
+          w[g], ahead, c, r, x, cols[g][rest] * c, some, acc[g]);
     }
     float* const out = y + (block_row + g) * r + sub;
     PYBSP_UNROLL
