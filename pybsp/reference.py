@@ -24,14 +24,15 @@ ACTIVATIONS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def gelu_short(y: torch.Tensor) -> torch.Tensor:
-    """GELU with absolute error under 1e-4, of outputs that are rounded to 8 bits next:
-    ``y (1/2 + z P(z^2))`` with ``z = y`` limited to ``[-4.16, 4.16]``."""
-    z = y.clamp(-4.16, 4.16)
-    square, p = z * z, torch.zeros_like(z)
-    for coefficient in (-9.375429322e-10, 8.175693722e-08, -3.099671858e-06,
-                        6.772703637e-05, -9.568249225e-04, 9.322273545e-03,
-                        -6.557200849e-02, 3.984923662e-01):  # fmt: skip
-        p = p * square + coefficient
+    """GELU with absolute error under 5e-6, of outputs that are rounded to 8 bits next:
+    ``y (1/2 + z P(2 (z / 4.8)^2 - 1))`` with ``z = y`` limited to ``[-4.8, 4.8]``."""
+    z = y.clamp(-4.8, 4.8)
+    t, p = z * z * 0.08680555 - 1, torch.zeros_like(z)
+    for coefficient in (1.443781546e-03, -4.195191038e-03, 5.392703822e-03,
+                        -7.442357418e-03, 1.386338234e-02, -2.218810766e-02,
+                        3.072124054e-02, -4.056583101e-02, 5.290401761e-02,
+                        -7.297975620e-02, 1.472127800e-01):  # fmt: skip
+        p = p * t + coefficient
     return y * (p * z + 0.5)
 
 
