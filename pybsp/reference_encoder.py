@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .reference import ACTIVATIONS, block_sparse_linear_int8
+from .reference import ACTIVATIONS, block_sparse_linear_int8, gelu_short
 
 
 def encoder(
@@ -99,22 +99,29 @@ def _rotate(h: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 def _feed_forward(spec: Any, x: torch.Tensor) -> torch.Tensor:
     h, activation = _linear(spec.up, x), ACTIVATIONS[spec.activation]
+    if spec.activation == "gelu" and _is_int8(spec.down):
+        activation = gelu_short  # its outputs are rounded to 8 bits next
     if spec.gated:
         first, second = h.chunk(2, -1)
         return _linear(spec.down, activation(first) * second)
     return _linear(spec.down, activation(h))
 
 
+def _is_int8(spec: Any) -> bool:
+    weight = spec.weight
+    return not isinstance(weight, torch.Tensor) and weight.scales is not None
+
+
 def _linear(spec: Any, x: torch.Tensor) -> torch.Tensor:
     weight = spec.weight
+    if _is_int8(spec):
+        # Inputs are rounded as float32, whatever the type around.
+        y = block_sparse_linear_int8(
+            x.float(), weight.crow_indices, weight.col_indices, weight.values,
+            weight.scales, weight.shape, spec.bias, None, spec.input_scale,
+        )  # fmt: skip
+        return y.to(x.dtype)
     if not isinstance(weight, torch.Tensor):
-        if weight.scales is not None:
-            # Inputs are rounded as float32, whatever the type around.
-            y = block_sparse_linear_int8(
-                x.float(), weight.crow_indices, weight.col_indices, weight.values,
-                weight.scales, weight.shape, spec.bias, None, spec.input_scale,
-            )  # fmt: skip
-            return y.to(x.dtype)
         weight = weight.to_dense()
     bias = None if spec.bias is None else spec.bias.to(x.dtype)
     return F.linear(x, weight.detach().to(x.dtype), bias)

@@ -123,10 +123,13 @@ void GroupRun::attend(const Share& share, const EncoderLayer& layer,
         ++end;
       }
       for (int64_t head = 0; head < heads; ++head) {
+        bool same_keys = false;
         for (size_t piece = begin; piece < end; ++piece) {
           if (!mine(queries_[piece])) continue;
           if (item >= range.first && item < range.last) {
-            attend_head(layer.attention, queries_[piece], head, tiles, runs, scratch);
+            attend_head(layer.attention, queries_[piece], head, tiles, runs, scratch,
+                        same_keys);
+            same_keys = layer.attention.window < 0;
           }
           ++item;
         }
@@ -142,7 +145,7 @@ void GroupRun::attend(const Share& share, const EncoderLayer& layer,
 
 void GroupRun::attend_head(const SelfAttention& attention, const QueryRun& piece,
                            int64_t head, const LayerTiles& in, KeyRun* runs,
-                           float* scratch) const {
+                           float* scratch, bool same_keys) const {
   const TokenRun& queries = runs_[piece.run];
   const int64_t feature = head * attention.head_dim;
   const auto tile_of = [&](const TokenRun& run) -> const TokenTile& {
@@ -159,7 +162,7 @@ void GroupRun::attend_head(const SelfAttention& attention, const QueryRun& piece
     return kept_.rows.data() + group_.first_token + tile_of(run).first + run.lane;
   };
   const int64_t* const queried = positions(queries);
-  int64_t count = 0;
+  int64_t count = 0, passed = 0, first_key = 0;
   for (size_t i = piece.first; i < piece.last; ++i) {
     const TokenRun& run = runs_[i];
     const int64_t* first = positions(run);
@@ -169,9 +172,11 @@ void GroupRun::attend_head(const SelfAttention& attention, const QueryRun& piece
       const int64_t high = queried[queries.count - 1] + attention.window;
       first = std::lower_bound(first, last, low);
       last = std::upper_bound(first, last, high);
-      if (first == last) continue;
     }
     const int64_t skip = first - positions(run);
+    passed += run.count;
+    if (first == last) continue;
+    if (count == 0) first_key = passed - run.count + skip;
     runs[count++] = {place(1, run) + skip, place(2, run) + skip, stride(run),
                      last - first, first};
   }
@@ -182,6 +187,12 @@ void GroupRun::attend_head(const SelfAttention& attention, const QueryRun& piece
   one.positions = queried;
   one.runs = runs;
   one.num_runs = count;
+  one.sequence = passed;
+  one.first_key = first_key;
+  one.same_keys = same_keys;
+  const auto& projections = attention.projections;
+  one.short_floats = std::all_of(projections.begin(), projections.end(),
+                                 [](const EncoderLinear& of) { return of.int8; });
   one.head_dim = attention.head_dim;
   one.scale = attention.scale;
   if (!bias_.empty()) one.bias = bias_.data() + head * bias_stride_ + input_.length - 1;

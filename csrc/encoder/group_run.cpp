@@ -111,8 +111,8 @@ void GroupRun::allocate() {
         {attention.cosines, attention.sines, {nullptr, attention.head_dim / 2}, {}});
     rotated += attention.head_dim;  // cosines and sines of half of it
   }
-  thread_floats_ = in_lines(std::max(attention_scratch(head_dim, longest_, width),
-                                     width * encoder_.features));
+  thread_floats_ = in_lines(
+      std::max(isa_.attention_scratch(head_dim, longest_), width * encoder_.features));
   const int64_t states = (encoder_.norm_first ? 2 : 1) * encoder_.features;
   const int64_t floats = in_lines(lanes_ * (states + rotated + floats_per_lane()));
   float* const all =
@@ -259,12 +259,14 @@ void GroupRun::feed_forward(const Share& share, const EncoderLayer& layer,
   const bool normed = encoder_.norm_first && layer.feed_forward_norm.weight;
   if (normed) norm(share, layer.feed_forward_norm, x_, normed_, clock);
   clock.enter(Part::up);
+  const bool is_short = part.activation == Activation::gelu && part.down.int8;
+  const Activation activation = is_short ? Activation::gelu_short : part.activation;
   multiply(share, &part.up, 1, normed ? normed_ : x_,
-           part.gated ? Activation::none : part.activation, nullptr, &tiles.up);
+           part.gated ? Activation::none : activation, nullptr, &tiles.up);
   if (part.gated) {
     for_each_tile(share, [&](const TokenTile& tile, float*) {
       isa_.gate(at(tiles.up, tile, 0), at(tiles.up, tile, tiles.down.features),
-                tiles.down.features * tile.vectors * isa_.lanes, part.activation,
+                tiles.down.features * tile.vectors * isa_.lanes, activation,
                 at(tiles.down, tile, 0));
     });
   }

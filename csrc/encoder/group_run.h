@@ -75,7 +75,8 @@ class GroupRun {
   void project(const Share& share, const EncoderLayer& layer, PartClock& clock);
   void attend(const Share& share, const EncoderLayer& layer, PartClock& clock) const;
   void attend_head(const SelfAttention& attention, const QueryRun& piece, int64_t head,
-                   const LayerTiles& in, KeyRun* runs, float* scratch) const;
+                   const LayerTiles& in, KeyRun* runs, float* scratch,
+                   bool same_keys) const;
   void feed_forward(const Share& share, const EncoderLayer& layer,
                     PartClock& clock) const;
   void multiply(const Share& share, const EncoderLinear* linears, int64_t count,

@@ -30,22 +30,21 @@ struct AttentionPiece {
   int64_t count;             // 1 to lanes x max_vectors
   const int64_t* positions;  // of the queries, as KeyRun::positions
   const KeyRun* runs;
-  int64_t num_runs;  // with at least one key
+  int64_t num_runs;   // with at least one key
+  int64_t sequence;   // its tokens, also those that are not in the runs
+  int64_t first_key;  // how many of them come before the first run
+  bool same_keys;     // as those of the call before, with the same scratch
+  bool short_floats;  // 16 bits of significand are enough for products
   int64_t head_dim;
   float scale;
   // bias[query position - key position], readable for max_vectors x lanes - 1 more than
   // the largest of them; or null: positions are not read. -infinity hides a key.
   const float* bias;
-  // attention_scratch floats, 64-byte aligned; overlaps nothing.
+  // Variants::attention_scratch floats, 64-byte aligned; overlaps nothing.
   float* scratch;
   // Feature d of query i at [d * y_stride + i]; may be `queries` itself.
   float* y;
   int64_t y_stride;
 };
-
-// `width`: lanes x max_vectors of the instruction set.
-inline int64_t attention_scratch(int64_t head_dim, int64_t keys, int64_t width) {
-  return (2 * head_dim + keys) * width;
-}
 
 }  // namespace pybsp

@@ -26,7 +26,8 @@
 
 namespace pybsp {
 
-enum class Activation : int { none, relu, gelu, gelu_tanh, silu };
+// gelu_short is gelu for outputs that are rounded to 8 bits next.
+enum class Activation : int { none, relu, gelu, gelu_tanh, silu, gelu_short };
 
 // Single-row blocks of at least so many columns are multiplied along their rows.
 constexpr int64_t kMinColumnRun = 8;

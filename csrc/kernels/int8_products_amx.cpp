@@ -4,6 +4,7 @@
 // they lie so already.
 #include "kernels/int8_column_products.h"
 #include "kernels/variants_isa.h"
+#include "simd/amx.h"
 
 namespace pybsp::PYBSP_ISA {
 namespace {
@@ -11,25 +12,8 @@ namespace {
 constexpr int kQuads = 16;  // in an instruction
 constexpr int kRows = 16;   // outputs, two tiles of weights
 constexpr int kInputBytes = kQuads * kVectorBytes;
-
-// What _tile_loadconfig reads.
-struct TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// Sums are tiles 0 to 2 and, of other outputs, 3 to 5; weights 6, inputs 7.
-void configure(int64_t rows) {
-  alignas(64) TileConfig config;
-  for (int tile = 0; tile < 8; ++tile) {
-    config.row_bytes[tile] = 64;
-    config.rows[tile] = static_cast<uint8_t>(tile == 7 ? kQuads : rows);
-  }
-  _tile_loadconfig(&config);
-}
+// Weights are fetched into L2 that far ahead: products take less time than L3.
+constexpr int64_t kAhead = 16384;
 
 // Where the inputs of 16 quads lie, and bytes from quad to quad and from vector to
 // vector.
@@ -51,13 +35,13 @@ inline TileInputs gather(const Int8Products& products, const uint16_t* columns,
     return {products.bytes + int64_t{columns[0]} * (kVectors * kVectorBytes),
             kVectors * kVectorBytes, kVectorBytes};
   }
-  for (int64_t q = 0; q < kQuads; ++q) {
+  // Past the last quad any inputs meet weights of zero.
+  const int64_t all = quads < kQuads ? quads : kQuads;
+  for (int64_t q = 0; q < all; ++q) {
     Bytes quad[kVectors];
-    // Past the last quad any inputs meet weights of zero.
-    const int64_t from = q < quads ? q : 0;
     if (products.weights.consecutive) {
       const int8_t* x =
-          products.bytes + int64_t{columns[from]} * (kVectors * kVectorBytes);
+          products.bytes + int64_t{columns[q]} * (kVectors * kVectorBytes);
       PYBSP_UNROLL
       for (int v = 0; v < kVectors; ++v) quad[v] = load_bytes(x + v * kVectorBytes);
     } else {
@@ -65,7 +49,7 @@ inline TileInputs gather(const Int8Products& products, const uint16_t* columns,
       PYBSP_UNROLL
       for (int k = 0; k < 4; ++k) {
         rows[k] =
-            load_bytes(products.bytes + int64_t{columns[4 * from + k]} * kVectorBytes);
+            load_bytes(products.bytes + int64_t{columns[4 * q + k]} * kVectorBytes);
       }
       bring_together<kVectors>(rows, quad);
     }
@@ -77,7 +61,33 @@ inline TileInputs gather(const Int8Products& products, const uint16_t* columns,
   return {inputs, kVectorBytes, kInputBytes};
 }
 
+// Outputs [first, first + count) from their sums, [output][vector].
+template <int kVectors>
+void put_outputs(const Int8Products& products, int64_t first, int64_t count,
+                 const float* sums) {
+  constexpr int64_t kWidth = kVectors * kLanes;
+  float* y = products.y_tile + (first - products.first_row) * kWidth;
+  Vec tokens[kVectors];
+  PYBSP_UNROLL
+  for (int v = 0; v < kVectors; ++v)
+    tokens[v] = load(products.token_scales + v * kLanes);
+  for (int64_t out = first; out < first + count; ++out) {
+    const Vec scale = set1(products.weights.scales[out]);
+    const Vec bias = products.bias ? set1(products.bias[out]) : zero();
+    const Sums more = set1_sums(first_sum(products, out));
+    PYBSP_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const Sums all = add_sums(load_sums(sums + v * kLanes), more);
+      const Vec scaled = rounded(mul(to_floats(all), scale));
+      store(y + v * kLanes, add(rounded(mul(scaled, tokens[v])), bias));
+    }
+    sums += kWidth;
+    y += kWidth;
+  }
+}
+
 // The products of `rows` outputs from `tile` on, up to 32 in two groups of at most 16.
+// Sums are tiles 0 to 2 and, of other outputs, 3 to 5; weights 6, inputs 7.
 template <int kVectors, bool kTwo>
 void multiply_outputs(const Int8Products& products, const Int8Tile& tile,
                       int64_t rows) {
@@ -106,7 +116,8 @@ void multiply_outputs(const Int8Products& products, const Int8Tile& tile,
     columns += kQuads * step;
     if (quads > 0) next = gather<kVectors>(products, columns, quads, inputs[turn]);
     for (int64_t row = 0; row < rows; ++row) {
-      __builtin_prefetch(w + row * stride + kWeightsAhead);
+      _mm_prefetch(reinterpret_cast<const char*>(w + row * stride + kAhead),
+                   _MM_HINT_T1);
     }
     _tile_loadd(6, w, stride);
     _tile_loadd(7, in.first, in.quad_step);
@@ -139,39 +150,20 @@ void multiply_outputs(const Int8Products& products, const Int8Tile& tile,
     }
     w += 4 * kQuads;
   }
-  alignas(64) int32_t sums[kRows * kLanes];
-  const OutputTile<kVectors> to(products);
-  const auto put = [&](int64_t first, int v) {
-    const int64_t count = rows - first < kRows ? rows - first : kRows;
-    for (int64_t row = 0; row < count; ++row) {
-      const int64_t out = tile.row + first + row;
-      to.put(out, v,
-             add_sums(_mm512_load_si512(sums + row * kLanes),
-                      set1_sums(first_sum(products, out))));
-    }
-  };
-  _tile_stored(0, sums, 64);
-  put(0, 0);
-  if constexpr (kVectors >= 2) {
-    _tile_stored(1, sums, 64);
-    put(0, 1);
-  }
-  if constexpr (kVectors >= 3) {
-    _tile_stored(2, sums, 64);
-    put(0, 2);
-  }
+  // [output][vector]
+  alignas(64) float sums[(kTwo ? 2 : 1) * kRows * kVectors * kLanes];
+  constexpr int64_t kStride = kVectors * kVectorBytes;
+  float* to = sums;
+  _tile_stored(0, to, kStride);
+  if constexpr (kVectors >= 2) _tile_stored(1, to + kLanes, kStride);
+  if constexpr (kVectors >= 3) _tile_stored(2, to + 2 * kLanes, kStride);
   if constexpr (kTwo) {
-    _tile_stored(3, sums, 64);
-    put(kRows, 0);
-    if constexpr (kVectors >= 2) {
-      _tile_stored(4, sums, 64);
-      put(kRows, 1);
-    }
-    if constexpr (kVectors >= 3) {
-      _tile_stored(5, sums, 64);
-      put(kRows, 2);
-    }
+    to += kRows * kVectors * kLanes;
+    _tile_stored(3, to, kStride);
+    if constexpr (kVectors >= 2) _tile_stored(4, to + kLanes, kStride);
+    if constexpr (kVectors >= 3) _tile_stored(5, to + 2 * kLanes, kStride);
   }
+  put_outputs<kVectors>(products, tile.row, rows, sums);
 }
 
 // Outputs from `tile` on that share its inputs and whose weights follow each other: up
@@ -204,7 +196,7 @@ void multiply_width(const Int8Products& products) {
     }
     const int64_t rows = rows_together(tile, end);
     const int64_t height = rows < kRows ? rows : kRows;
-    if (height != configured) configure(height);
+    if (height != configured) configure_tiles(height);
     configured = height;
     if (rows > kRows) {
       multiply_outputs<kVectors, true>(products, *tile, rows);

@@ -37,7 +37,12 @@ const Variants& variants(Isa isa) {
 #endif
 #ifdef PYBSP_HAVE_AMX
     case Isa::amx: {
-      static const Variants all = with_int8(avx512::variants(), amx::int8_kernels);
+      static const Variants all = [] {
+        Variants with_amx = with_int8(avx512::variants(), amx::int8_kernels);
+        with_amx.attention = amx::attention;
+        with_amx.attention_scratch = amx::attention_scratch;
+        return with_amx;
+      }();
       return all;
     }
 #endif

@@ -125,6 +125,8 @@ struct Variants {
 
   // One head for one piece of queries, see attention.h.
   void (*attention)(const AttentionPiece& piece);
+  // Floats that it needs for at most so many features of a head and keys.
+  int64_t (*attention_scratch)(int64_t head_dim, int64_t keys);
   // y = (x - mean) / sqrt(variance + eps) * weight + bias over the features of each
   // lane; bias may be null and y_tile be x_tile.
   void (*layer_norm)(const float* x_tile, int64_t features, int vectors,
@@ -179,7 +181,9 @@ extern const Int8Kernels int8_kernels;
 }
 namespace amx {
 extern const Int8Kernels int8_kernels;
-}
+void attention(const AttentionPiece& piece);
+int64_t attention_scratch(int64_t head_dim, int64_t keys);
+}  // namespace amx
 namespace neon_dot {
 extern const Int8Kernels int8_kernels;
 }

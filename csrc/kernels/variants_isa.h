@@ -29,6 +29,7 @@ void finish(const float* sums, int64_t count, Activation activation,
 void multiply_few_tokens(const BlockSparseView& weight, int64_t first, int64_t last,
                          const float* x, int64_t tokens, const float* bias, float* y);
 void attention(const AttentionPiece& piece);
+int64_t attention_scratch(int64_t head_dim, int64_t keys);
 void layer_norm(const float* x_tile, int64_t features, int vectors, const float* weight,
                 const float* bias, float eps, float* y_tile);
 void rotate(float* first, float* second, const float* cosines, const float* sines,

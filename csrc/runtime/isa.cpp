@@ -32,14 +32,15 @@ bool cpu_has_avx_vnni() {
 #endif
 
 #ifdef PYBSP_HAVE_AMX
-// CPUID leaf 7, EDX bits 24 and 25, and the system's permission, which Linux gives to a
-// process that asks.
+// CPUID leaf 7, EDX bits 22, 24 and 25, and the system's permission, which Linux gives
+// to a process that asks.
 bool may_use_amx() {
-  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+  constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kTile) &&
-         (edx & kInt8) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) &&
+         (edx & kNeeded) == kNeeded &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif
 

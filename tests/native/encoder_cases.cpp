@@ -366,8 +366,8 @@ void check_large_scores(Report& report) {
   for (const float* keys : all_keys) {
     for (int64_t first = 0; first < kSizes; ++first) {
       std::vector<float> queries, y(static_cast<size_t>(width), -1.0f);
-      std::vector<float> scratch(
-          static_cast<size_t>(pybsp::attention_scratch(1, kKeys, width)) + 16);
+      std::vector<float> scratch(static_cast<size_t>(isa.attention_scratch(1, kKeys)) +
+                                 16);
       for (int64_t i = 0; i < width; ++i) {
         queries.push_back(sizes[(first + i) % kSizes]);
       }
@@ -403,12 +403,192 @@ void check_large_scores(Report& report) {
   }
 }
 
+// Queries, keys and values in 48 lanes a tile, whose sequence begins at a lane of the
+// first one. Floats of 16 bits of significand give relative errors of 2^-13 in
+// products.
+class ShortAttention {
+ public:
+  ShortAttention(int64_t head_dim, int64_t first_lane, int64_t length, bool with_bias)
+      : dim_(head_dim), lane_(first_lane), length_(length) {
+    const int64_t floats = (first_lane + length + kTile - 1) / kTile * kTile * dim_;
+    queries_ = random_.floats(floats);
+    keys_ = random_.floats(floats);
+    values_ = random_.floats(floats);
+    if (with_bias) bias_ = random_.floats(2 * length + 64);
+    for (int64_t i = 0; i < length; ++i) positions_.push_back(i);
+  }
+
+  std::vector<float>& queries() { return queries_; }
+  std::vector<float>& keys() { return keys_; }
+  std::vector<float>& values() { return values_; }
+
+  // Keys more than so many positions away from a query are hidden.
+  void hide_past(int64_t window) {
+    for (int64_t i = 0; i < 2 * length_; ++i) {
+      if (std::abs(i - length_) > window) {
+        bias_[static_cast<size_t>(i)] = -std::numeric_limits<float>::infinity();
+      }
+    }
+  }
+
+  // Of the tokens of one tile to the tokens of the sequence from first_key on; the
+  // queries before count as those of other pieces, which need the same keys.
+  std::vector<float> run(int64_t tile, int64_t first_key, bool in_short) const {
+    const pybsp::Variants& isa = pybsp::variants(pybsp::active_isa());
+    std::vector<float> scratch(
+        static_cast<size_t>(isa.attention_scratch(dim_, length_)) + 16);
+    std::vector<pybsp::KeyRun> runs;
+    for (int64_t i = first_key; i < length_;) {
+      const int64_t lane = (lane_ + i) % kTile;
+      const int64_t count = std::min(kTile - lane, length_ - i);
+      runs.push_back({keys_.data() + at(i, 0), values_.data() + at(i, 0), kTile, count,
+                      positions_.data() + i});
+      i += count;
+    }
+    std::vector<float> y;
+    bool same_keys = false;
+    for (int64_t i = 0; i < length_;) {
+      const int64_t lane = (lane_ + i) % kTile;
+      const int64_t count =
+          std::min({kTile - lane, length_ - i, int64_t{isa.lanes} * isa.max_vectors});
+      pybsp::AttentionPiece piece{};
+      piece.queries = queries_.data() + at(i, 0);
+      piece.stride = kTile;
+      piece.count = count;
+      piece.positions = positions_.data() + i;
+      piece.runs = runs.data();
+      piece.num_runs = static_cast<int64_t>(runs.size());
+      piece.sequence = length_;
+      piece.first_key = first_key;
+      piece.same_keys = same_keys;
+      piece.short_floats = in_short;
+      piece.head_dim = dim_;
+      piece.scale = kScale;
+      if (!bias_.empty()) piece.bias = bias_.data() + length_;
+      piece.scratch = reinterpret_cast<float*>(
+          (reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64);
+      y.assign(static_cast<size_t>(dim_ * kTile), -1.0f);
+      piece.y = y.data();
+      piece.y_stride = kTile;
+      isa.attention(piece);
+      if ((lane_ + i) / kTile == tile) break;
+      same_keys = true;
+      i += count;
+    }
+    return y;
+  }
+
+  void check(Report& report, int64_t tile, int64_t first_key) const {
+    const std::vector<float> y = run(tile, first_key, true);
+    const int64_t first = std::max<int64_t>(tile * kTile - lane_, 0);
+    const int64_t width = int64_t{pybsp::variants(pybsp::active_isa()).lanes} *
+                          pybsp::variants(pybsp::active_isa()).max_vectors;
+    const int64_t count =
+        std::min({kTile - (lane_ + first) % kTile, length_ - first, width});
+    Doubles want(y.size(), -1.0), bound(y.size(), 0.0);
+    for (int64_t query = 0; query < count; ++query) {
+      Doubles weights;
+      double most = -std::numeric_limits<double>::infinity(), total = 0.0, size = 0.0;
+      for (int64_t j = first_key; j < length_; ++j) {
+        double score = 0.0, sizes = 0.0;
+        for (int64_t d = 0; d < dim_; ++d) {
+          const double product =
+              double{queries_[index(first + query, d)]} * keys_[index(j, d)];
+          score += product;
+          sizes += std::fabs(product);
+        }
+        if (!bias_.empty()) {
+          score +=
+              double{bias_[static_cast<size_t>(length_ + first + query - j)]} / kScale;
+        }
+        weights.push_back(kScale * score);
+        most = std::max(most, kScale * score);
+        size = std::max(size, kScale * sizes);
+      }
+      for (double& weight : weights) total += weight = std::exp(weight - most);
+      for (int64_t d = 0; d < dim_; ++d) {
+        double sum = 0.0, largest = 0.0;
+        for (int64_t j = first_key; j < length_; ++j) {
+          const double value = values_[index(j, d)];
+          sum += weights[static_cast<size_t>(j - first_key)] / total * value;
+          largest = std::max(largest, std::fabs(value));
+        }
+        const size_t to = static_cast<size_t>(d * kTile + query);
+        want[to] = sum;
+        bound[to] = (2 * size + 2) * largest / 8192;
+      }
+    }
+    report.close("attention in short floats", y.data(), want.data(), bound.data(),
+                 static_cast<int64_t>(y.size()), kTile);
+  }
+
+  size_t index(int64_t token, int64_t d) const {
+    return static_cast<size_t>(at(token, d));
+  }
+
+ private:
+  static constexpr int64_t kTile = 48;
+  static constexpr float kScale = 0.25f;
+
+  int64_t at(int64_t token, int64_t d) const {
+    const int64_t lane = lane_ + token;
+    return (lane / kTile * dim_ + d) * kTile + lane % kTile;
+  }
+
+  Random random_{17};
+  int64_t dim_, lane_, length_;
+  std::vector<float> queries_, keys_, values_, bias_;
+  std::vector<int64_t> positions_;
+};
+
+void check_short_attention(Report& report) {
+  for (const int64_t head_dim : {32, 64, 40}) {
+    for (const int64_t lane : {0, 5, 47}) {
+      for (const int64_t length : {63, 64, 65, 96, 130}) {
+        for (const bool with_bias : {false, true}) {
+          const ShortAttention one(head_dim, lane, length, with_bias);
+          for (const int64_t first_key : {0, 1, 33, 62}) {
+            for (const int64_t tile : {0, 1}) one.check(report, tile, first_key);
+          }
+        }
+      }
+    }
+  }
+  // Keys that all queries of a piece do not see may be left out.
+  for (const int64_t length : {100, 130}) {
+    ShortAttention one(32, 0, length, true);
+    one.hide_past(20);
+    report.require("the same bits without hidden keys",
+                   one.run(1, 0, true) == one.run(1, 48 - 20, true));
+  }
+  // What is not finite gives what floats give, and the pieces after it too.
+  constexpr float kNone = std::numeric_limits<float>::quiet_NaN();
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (const float bad : {kNone, kInfinity, -kInfinity}) {
+    for (const int which : {0, 1, 2}) {
+      ShortAttention one(64, 0, 96, false);
+      std::vector<float>& spoilt = which == 0   ? one.queries()
+                                   : which == 1 ? one.keys()
+                                                : one.values();
+      spoilt[one.index(7, 3)] = bad;
+      const std::vector<float> want = one.run(0, 0, false), y = one.run(0, 0, true);
+      bool same = true;
+      for (size_t i = 0; i < y.size(); ++i) {
+        same = same && (y[i] == want[i] || (std::isnan(y[i]) && std::isnan(want[i])));
+      }
+      report.require("attention to what is not finite", same);
+      if (which == 0) one.check(report, 1, 0);
+    }
+  }
+}
+
 }  // namespace
 
 void check_encoder(Report& report, bool quick) {
   using pybsp::Activation;
   check_token_runs(report);
   check_large_scores(report);
+  check_short_attention(report);
   const Architecture kinds[] = {
       {"bert", false, false, false, false, false, false, -1, 3, 8, Activation::gelu},
       {"dense", false, false, false, true, false, true, -1, 2, 12, Activation::relu},

@@ -40,6 +40,8 @@ const char* activation_name(Activation activation) {
       return "gelu_tanh";
     case Activation::silu:
       return "silu";
+    case Activation::gelu_short:
+      return "gelu_short";
   }
   return "unknown";
 }
@@ -51,6 +53,7 @@ double activate(Activation activation, double y) {
     case Activation::relu:
       return y < 0.0 ? 0.0 : y;
     case Activation::gelu:
+    case Activation::gelu_short:
       return 0.5 * y * std::erfc(-y * 0.70710678118654752440);
     case Activation::gelu_tanh: {
       // 0.5 (1 + tanh(a)) written without cancellation for negative a.
@@ -212,7 +215,9 @@ void check_activations(Report& report, bool quick) {
   }
   while (x.size() % kFeatures != 0) x.push_back(0.5f);
   const int64_t tokens = static_cast<int64_t>(x.size()) / kFeatures;
-  for (Activation activation : kActivations) {
+  std::vector<Activation> activations(std::begin(kActivations), std::end(kActivations));
+  activations.push_back(Activation::gelu_short);
+  for (Activation activation : activations) {
     std::vector<double> want(x.size()), bound(x.size());
     for (size_t i = 0; i < x.size(); ++i) {
       const double a = static_cast<double>(x[i]);
@@ -231,6 +236,7 @@ void check_activations(Report& report, bool quick) {
       if (activation == Activation::none || activation == Activation::relu) {
         bound[i] = 0.0;
       }
+      if (activation == Activation::gelu_short) bound[i] = 5e-6 + 1e-6 * z;
     }
     std::vector<float> y(x.size());
     const pybsp::Epilogue epilogue{nullptr, activation, nullptr};
