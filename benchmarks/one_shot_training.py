@@ -1,0 +1,132 @@
+"""A pruned model in a few minutes: cut by reconstruction, then a short masked training.
+
+``benchmarks.quantization_accuracy`` and ``benchmarks.size`` share these runs. The
+dense model is RUNS/<task>-dense, one for all seeds, as ``benchmarks.recovery`` makes
+it. A seed draws its own calibration texts and its own order of the training rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.recovery import Run
+from pybsp import BlockPruningCallback, QuantizationCallback, pack_, save_packed
+from pybsp.cli.training import (
+    TRAINER_STATE,
+    Features,
+    Fit,
+    batches,
+    by_length,
+    fit,
+    turn_off_dropout,
+)
+from pybsp.integrations.trainer import STATE_NAME
+from pybsp.nn import unpack_
+
+#: Epochs of training after the cut, and of training on in float32 or int8.
+EPOCHS = {"mrpc": (2.0, 0.5), "stsb": (1.0, 0.5), "sst2": (0.5, 0.25)}
+LEARNING_RATE, LEARNING_RATE_ON = 2e-4, 5e-5
+#: Texts that the cut reconstructs.
+CALIBRATION = 1024
+
+
+class OneShotTraining(Run):
+    """One task, sparsity, block shape and seed; ``scores`` lie in a file beside it."""
+
+    def __init__(
+        self, data: Path, runs: Path, task: str, sparsity: float = 0.8,
+        block_shape: tuple[int, int] = (8, 1), seed: int = 0,
+    ) -> None:  # fmt: skip
+        options = argparse.Namespace(
+            data=data, runs=runs, sparsity=sparsity, seed=seed, epochs=None
+        )
+        super().__init__(options, task, "oneshot")
+        self.config = replace(self.config, block_shape=block_shape)
+        rows, columns = block_shape
+        self.name = f"{task}-{sparsity:.0%}-{rows}x{columns}-seed{seed}"
+        self.folder = runs / self.name
+        self.seed = seed
+        self.epochs, self.epochs_on = EPOCHS[task]
+        self.file = runs / f"{self.name}.json"
+        self.scores: dict[str, dict[str, float]] = {}
+        if self.file.exists():
+            self.scores = json.loads(self.file.read_text(encoding="utf-8"))
+        if not self.dense.exists():
+            self.fine_tune()
+        self.teacher, self.tokenizer = self.load(self.dense)
+
+    def texts(self, features: Features) -> Iterator[dict[str, torch.Tensor]]:
+        picked = random.Random(self.seed).sample(
+            features, min(CALIBRATION, len(features))
+        )
+        return batches([picked[row] for row in by_length(picked)], self.tokenizer)
+
+    def prune(self) -> None:
+        """The float32 checkpoint in ``packed``, scored there and on its way."""
+        if "float32" in self.scores:
+            return
+        self.keep("dense", self.score(self.teacher))
+        model, _ = self.load(self.one_shot(self.encode(self.data.train)))
+        self.keep("cut", self.score(model))
+        unpack_(model)
+        self.train(model, "float32", self.epochs, LEARNING_RATE)
+        self.save_form(model, "float32")
+
+    def pruned(self) -> Any:
+        """The float32 model, dense with zero blocks."""
+        model, _ = self.load(self.packed("float32"))
+        return unpack_(model)
+
+    def packed(self, form: str) -> Path:
+        return self.folder / form
+
+    def running(self, form: str) -> Path:
+        return self.folder / f"{form}-run"
+
+    def train(self, model: Any, form: str, epochs: float, learning_rate: float) -> None:
+        """Train the kept blocks, in int8 if ``form`` is ``aware``."""
+        turn_off_dropout(model)
+        aware = form == "aware"
+        config = replace(self.config, packed_retraining=not aware)
+        callbacks: list[Any] = [
+            BlockPruningCallback(config, self.teacher, distillation=self.distillation)
+        ]
+        fit(
+            model, self.encode(self.data.train), self.tokenizer,
+            Fit(epochs, learning_rate, 16, self.seed, checkpoints=1,
+                title=f"{self.name} {form}"),
+            self.running(form), callbacks=callbacks + [QuantizationCallback()] * aware,
+            whole=(TRAINER_STATE, STATE_NAME),
+        )  # fmt: skip
+
+    def train_on(self, form: str) -> Any:
+        """The float32 model after more training, with ``form`` as for ``train``."""
+        model = self.pruned()
+        self.train(model, form, self.epochs_on, LEARNING_RATE_ON)
+        return model
+
+    def save_form(self, model: Any, form: str, dtype: str = "float32") -> None:
+        """Pack a copy of ``model``, score and save it."""
+        model = copy.deepcopy(model)
+        pack_(model, dtype=dtype, min_gain=0)
+        scores = self.score(model)
+        save_packed(model, self.packed(form))
+        self.tokenizer.save_pretrained(self.packed(form))
+        self.keep(form, scores)
+        shutil.rmtree(self.running(form), ignore_errors=True)
+
+    def keep(self, form: str, scores: dict[str, float]) -> None:
+        self.scores[form] = scores
+        beside = self.file.with_suffix(".tmp")
+        beside.write_text(json.dumps(self.scores, indent=1), encoding="utf-8")
+        beside.replace(self.file)
