@@ -47,8 +47,9 @@ class OneShotTraining(Run):
         self, data: Path, runs: Path, task: str, sparsity: float = 0.8,
         block_shape: tuple[int, int] = (8, 1), seed: int = 0,
     ) -> None:  # fmt: skip
+        # A dense model in the packed format needs no cut, and there is none to nothing.
         options = argparse.Namespace(
-            data=data, runs=runs, sparsity=sparsity, seed=seed, epochs=None
+            data=data, runs=runs, sparsity=sparsity or 0.5, seed=seed, epochs=None
         )
         super().__init__(options, task, "oneshot")
         self.config = replace(self.config, block_shape=block_shape)

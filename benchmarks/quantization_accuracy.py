@@ -13,7 +13,9 @@ parts are skipped and interrupted ones resumed.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from rich.table import Table
@@ -48,6 +50,39 @@ def record(run: OneShotTraining) -> dict[str, Any]:
         "epochs": [run.dense_epochs, run.epochs, run.epochs_on],
         "scores": run.scores,
     }
+
+
+#: Heading of a difference, and the two forms.
+DIFFERENCES = {
+    "quantised": ("post_training", "float32"),
+    "trained on in float32": ("longer", "float32"),
+    "trained on in int8": ("aware", "float32"),
+    "in int8 - in float32": ("aware", "longer"),
+}
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Scores of the float32 form, and in points what others have more: the mean over
+    the seeds, and every seed."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        for metric in run["metrics"]:
+            found.setdefault((run["task"], metric), []).append(run["scores"])
+    rows = []
+    for (task, metric), seeds in found.items():
+        percent = [
+            {form: 100 * scores[metric] for form, scores in forms.items()}
+            for forms in seeds
+        ]
+        row = [f"{task} ({metric})", f"{percent[0]['dense']:.1f}"]
+        float32 = [scores["float32"] for scores in percent]
+        row.append(f"{mean(float32):.1f} ({', '.join(f'{x:.1f}' for x in float32)})")
+        for form, other in DIFFERENCES.values():
+            points = [scores[form] - scores[other] for scores in percent]
+            each = ", ".join(f"{x:+.2f}" for x in points)
+            row.append(f"{mean(points):+.2f} ({each})")
+        rows.append(row)
+    return ["task", "dense", "float32", *DIFFERENCES], rows
 
 
 def main() -> None:
