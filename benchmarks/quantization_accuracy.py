@@ -14,15 +14,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from math import isfinite, nan
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rich.table import Table
-
 from benchmarks import result
-from benchmarks.one_shot_training import CALIBRATION, EPOCHS, OneShotTraining
-from benchmarks.section import console
+from benchmarks.one_shot_training import (
+    CALIBRATION,
+    EPOCHS,
+    UNSEEN,
+    UNSEEN_METRIC,
+    OneShotTraining,
+)
+from benchmarks.section import console, text_table
 from pybsp.cli.models import quiet
 from pybsp.cli.timing import torch_threads
 
@@ -42,9 +47,10 @@ def complete(run: OneShotTraining) -> None:
 def record(run: OneShotTraining) -> dict[str, Any]:
     return {
         "task": run.data.task.name,
-        "metrics": list(run.data.task.metrics),
+        "metrics": list(run.scores["float32"]),
         "seed": run.seed,
         "dev_examples": len(run.data.dev),
+        "unseen_examples": UNSEEN if UNSEEN_METRIC in run.scores["float32"] else 0,
         "train_examples": len(run.data.train),
         "calibration_texts": CALIBRATION,
         "epochs": [run.dense_epochs, run.epochs, run.epochs_on],
@@ -71,10 +77,11 @@ def summary(runs: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
     rows = []
     for (task, metric), seeds in found.items():
         percent = [
-            {form: 100 * scores[metric] for form, scores in forms.items()}
+            {form: 100 * scores.get(metric, nan) for form, scores in forms.items()}
             for forms in seeds
         ]
-        row = [f"{task} ({metric})", f"{percent[0]['dense']:.1f}"]
+        dense = percent[0]["dense"]
+        row = [f"{task} ({metric})", f"{dense:.1f}" if isfinite(dense) else ""]
         float32 = [scores["float32"] for scores in percent]
         row.append(f"{mean(float32):.1f} ({', '.join(f'{x:.1f}' for x in float32)})")
         for form, other in DIFFERENCES.values():
@@ -95,20 +102,15 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
     quiet()
-    columns = ("dense", "cut", "float32", *FORMS)
-    table = Table("run", *columns)
+    records = []
     with torch_threads(arguments.threads):
         for task in arguments.task:
             for seed in arguments.seeds:
                 run = OneShotTraining(arguments.data, arguments.runs, task, seed=seed)
                 complete(run)
-                result.save(f"quantization_accuracy/{run.name}", record(run))
-                for metric in run.data.task.metrics:
-                    figures = [run.scores[form][metric] for form in columns]
-                    table.add_row(
-                        f"{run.name} {metric}", *(f"{100 * x:.2f}" for x in figures)
-                    )
-    console().print(table)
+                records.append(record(run))
+                result.save(f"quantization_accuracy/{run.name}", records[-1])
+    console().print(text_table("", *summary(records)))
 
 
 if __name__ == "__main__":
