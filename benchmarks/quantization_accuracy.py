@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from math import isfinite, nan
+from math import isfinite, nan, sqrt
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -34,6 +34,14 @@ from pybsp.cli.timing import torch_threads
 #: Packed type of each form.
 FORMS = {"post_training": "int8", "longer": "float32", "aware": "int8"}
 
+#: Heading of a difference, and the two forms.
+DIFFERENCES = {
+    "quantised": ("post_training", "float32"),
+    "trained on in float32": ("longer", "float32"),
+    "trained on in int8": ("aware", "float32"),
+    "in int8 - in float32": ("aware", "longer"),
+}
+
 
 def complete(run: OneShotTraining) -> None:
     run.prune()
@@ -42,6 +50,10 @@ def complete(run: OneShotTraining) -> None:
             post = form == "post_training"
             model = run.pruned() if post else run.train_on(form)
             run.save_form(model, form, dtype)
+    if "changed" not in run.scores:
+        run.keep("changed", {
+            "/".join(forms): run.changed(*forms) for forms in DIFFERENCES.values()
+        })  # fmt: skip
 
 
 def record(run: OneShotTraining) -> dict[str, Any]:
@@ -54,42 +66,45 @@ def record(run: OneShotTraining) -> dict[str, Any]:
         "train_examples": len(run.data.train),
         "calibration_texts": CALIBRATION,
         "epochs": [run.dense_epochs, run.epochs, run.epochs_on],
-        "scores": run.scores,
+        "scores": {k: v for k, v in run.scores.items() if k != "changed"},
+        "changed": run.scores["changed"],
     }
-
-
-#: Heading of a difference, and the two forms.
-DIFFERENCES = {
-    "quantised": ("post_training", "float32"),
-    "trained on in float32": ("longer", "float32"),
-    "trained on in int8": ("aware", "float32"),
-    "in int8 - in float32": ("aware", "longer"),
-}
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Scores of the float32 form, and in points what others have more: the mean over
-    the seeds, and every seed."""
+    the seeds, its standard error as far as changed answers tell it, and every seed."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in runs:
         for metric in run["metrics"]:
-            found.setdefault((run["task"], metric), []).append(run["scores"])
+            found.setdefault((run["task"], metric), []).append(run)
     rows = []
     for (task, metric), seeds in found.items():
         percent = [
-            {form: 100 * scores.get(metric, nan) for form, scores in forms.items()}
-            for forms in seeds
+            {form: 100 * s.get(metric, nan) for form, s in run["scores"].items()}
+            for run in seeds
         ]
         dense = percent[0]["dense"]
         row = [f"{task} ({metric})", f"{dense:.1f}" if isfinite(dense) else ""]
         float32 = [scores["float32"] for scores in percent]
         row.append(f"{mean(float32):.1f} ({', '.join(f'{x:.1f}' for x in float32)})")
         for form, other in DIFFERENCES.values():
-            points = [scores[form] - scores[other] for scores in percent]
+            points = [round(s[form] - s[other], 2) + 0.0 for s in percent]
             each = ", ".join(f"{x:+.2f}" for x in points)
-            row.append(f"{mean(points):+.2f} ({each})")
+            error = standard_error(seeds, metric, f"{form}/{other}")
+            row.append(f"{round(mean(points), 2) + 0.0:+.2f}{error} ({each})")
         rows.append(row)
     return ["task", "dense", "float32", *DIFFERENCES], rows
+
+
+def standard_error(seeds: Sequence[dict[str, Any]], metric: str, forms: str) -> str:
+    """Of a mean difference of accuracy, if every changed answer were a coin's toss."""
+    split = {"accuracy": "dev", UNSEEN_METRIC: "unseen"}.get(metric)
+    changed = [run["changed"][forms].get(split) for run in seeds]
+    if split is None or None in changed:
+        return ""
+    count = len(seeds) * seeds[0][f"{split}_examples"]
+    return f" ± {100 * sqrt(sum(changed)) / count:.2f}"
 
 
 def main() -> None:

@@ -44,14 +44,17 @@ def test_schemes_quantize_a_copy():
 
 def test_differences_are_those_of_each_seed():
     forms = ("dense", "float32", "post_training", "longer", "aware")
+    differences = quantization_accuracy.DIFFERENCES.values()
     runs = [
-        {"task": "sst2", "metrics": ["accuracy"],
+        {"task": "sst2", "metrics": ["accuracy"], "dev_examples": 100,
+         "changed": {"/".join(two): {"dev": 8} for two in differences},
          "scores": {f: {"accuracy": x} for f, x in zip(forms, scores, strict=True)}}
         for scores in ((0.9, 0.8, 0.79, 0.82, 0.83), (0.9, 0.7, 0.70, 0.71, 0.70))
     ]  # fmt: skip
     head, [row] = quantization_accuracy.summary(runs)
     assert len(head) == len(row)
     assert row == [
-        "sst2 (accuracy)", "90.0", "75.0 (80.0, 70.0)", "-0.50 (-1.00, +0.00)",
-        "+1.50 (+2.00, +1.00)", "+1.50 (+3.00, +0.00)", "+0.00 (+1.00, -1.00)",
+        "sst2 (accuracy)", "90.0", "75.0 (80.0, 70.0)", "-0.50 ± 2.00 (-1.00, +0.00)",
+        "+1.50 ± 2.00 (+2.00, +1.00)", "+1.50 ± 2.00 (+3.00, +0.00)",
+        "+0.00 ± 2.00 (+1.00, -1.00)",
     ]  # fmt: skip
