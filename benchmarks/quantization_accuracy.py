@@ -1,11 +1,11 @@
 """Accuracy of all-MiniLM-L6-v2 at 80 % in int8, against its own float32 form.
 
-For every task and seed ``pybsp prune`` makes the float32 checkpoint. Its int8 forms:
-quantised as it is (``post_training``), and trained in int8 for some more epochs
-(``aware``), beside the same epochs in float32 (``longer``), since training on helps by
-itself. All learn from the dense model's outputs too. Scores are those of the whole
-development set after the last step; int8 layers compute as the int8 product does, in
-torch. Finished parts are skipped and interrupted ones resumed.
+For every task and seed the dense model is cut and trained for a short while
+(``benchmarks.one_shot_training``). Its int8 forms: quantised as it is
+(``post_training``), and trained in int8 for some more steps (``aware``), beside as many
+steps in float32 (``longer``), since training on changes a model by itself. Scores are
+those of the whole development set after the last step, by the packed models. Finished
+parts are skipped and interrupted ones resumed.
 
     python -m benchmarks.quantization_accuracy --data DIR --runs DIR --task sst2
 """
@@ -13,181 +13,119 @@ torch. Finished parts are skipped and interrupted ones resumed.
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-import subprocess
+from collections.abc import Sequence
+from math import isfinite, nan, sqrt
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-import torch
-from pybsp.cli.distillation import DistillingTrainer, add_teacher_logits
-from rich.table import Table
-from transformers import TrainerCallback
-
-from benchmarks import PYBSP, result
-from benchmarks.accuracy import METHOD
-from benchmarks.section import console
-from pybsp import QuantizationAwareTraining, QuantizationCallback, preserve_sparsity
-from pybsp.cli import glue, metrics
-from pybsp.cli.models import load_classifier, quiet
+from benchmarks import result
+from benchmarks.one_shot_training import (
+    CALIBRATION,
+    EPOCHS,
+    UNSEEN,
+    UNSEEN_METRIC,
+    OneShotTraining,
+)
+from benchmarks.section import console, text_table
+from pybsp.cli.models import quiet
 from pybsp.cli.timing import torch_threads
-from pybsp.cli.training import Fit, encode, fit, predict
 
-#: Epochs of the dense model and of pruning, epochs in int8 after it, training rows.
-BUDGET = {
-    "mrpc": (4, 10, 3, None),
-    "stsb": (4, 8, 2, None),
-    "sst2": (2, 3, 1, 16000),
+#: Packed type of each form.
+FORMS = {"post_training": "int8", "longer": "float32", "aware": "int8"}
+
+#: Heading of a difference, and the two forms.
+DIFFERENCES = {
+    "quantised": ("post_training", "float32"),
+    "trained on in float32": ("longer", "float32"),
+    "trained on in int8": ("aware", "float32"),
+    "in int8 - in float32": ("aware", "longer"),
 }
-FORMS = ("post_training", "longer", "aware")
-LEARNING_RATE, BATCH, DISTILL, LENGTH = 5e-5, 16, 0.5, 128
 
 
-class Preserve(TrainerCallback):
-    """Keeps the zero blocks while the control trains on in float32."""
-
-    def on_train_begin(self, *_event: Any, **details: Any) -> None:
-        self.kept = preserve_sparsity(details["model"], details["optimizer"])
-
-    def on_train_end(self, *_event: Any, **_details: Any) -> None:
-        self.kept.remove()
-
-
-class Run:
-    """One task and seed; ``scores`` lie in a JSON file beside the checkpoints."""
-
-    def __init__(self, arguments: argparse.Namespace, task: str, seed: int) -> None:
-        self.arguments, self.seed = arguments, seed
-        self.name = f"{task}-80%-8x1-seed{seed}"
-        self.folder = arguments.runs / self.name
-        self.file = arguments.runs / f"{self.name}.json"
-        self.epochs_dense, self.epochs, self.epochs_int8, rows = BUDGET[task]
-        self.rows = arguments.rows or rows
-        self.data = glue.subsample(glue.load(task, arguments.data), self.rows, seed)
-        self.scores: dict[str, Any] = {}
-        if self.file.exists():
-            self.scores = json.loads(self.file.read_text(encoding="utf-8"))
-
-    def complete(self) -> dict[str, Any]:
-        self.prune()
-        for form in FORMS:
-            if form not in self.scores:
-                self.keep(form, self.score(getattr(self, form)()))
-        return self.scores
-
-    def prune(self) -> None:
-        if "float32" in self.scores:
-            return
-        task = self.data.task.name
-        options = ["prune", "--model", "minilm", "--task", task, "--resume", "--json",
-                   "--data", str(self.arguments.data), "--out", str(self.folder),
-                   "--threads", str(self.arguments.threads), "--seed", str(self.seed),
-                   "--sparsity", "0.8", "--block-shape", "8,1",
-                   "--epochs", str(self.epochs), *METHOD]  # fmt: skip
-        if self.dense.exists():
-            options += ["--dense-checkpoint", str(self.dense)]
-        else:
-            options += ["--epochs-dense", str(self.epochs_dense),
-                        "--save-dense", str(self.dense)]  # fmt: skip
-        if self.rows:
-            options += ["--max-train-samples", str(self.rows)]
-        subprocess.run([PYBSP, *options], check=True, stdout=subprocess.DEVNULL)
-        found = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
-        self.keep("dense", found["scores"]["dense"])
-        self.keep("float32", found["scores"]["packed"])
-
-    @property
-    def dense(self) -> Path:
-        return self.folder.with_name(f"{self.name}-dense")
-
-    def load(self) -> tuple[Any, Any]:
-        """The pruned model, dense with zero blocks."""
-        outputs = self.data.task.outputs
-        model, tokenizer = load_classifier(str(self.folder), outputs)
-        if getattr(model, "is_quantized", False):
-            model = model.dequantize()
-        return model, tokenizer
-
-    def score(self, model_and_tokenizer: tuple[Any, Any]) -> dict[str, float]:
-        model, tokenizer = model_and_tokenizer
-        features = self.encode(tokenizer, self.data.dev)
-        logits = predict(model, features, tokenizer)
-        return metrics.score(self.data.task.metrics, self.data.dev.labels, logits)
-
-    def encode(self, tokenizer: Any, split: glue.Split) -> list[dict[str, Any]]:
-        classes = not self.data.task.is_regression
-        return encode(tokenizer, split, LENGTH, classes=classes)
-
-    def post_training(self) -> tuple[Any, Any]:
-        model, tokenizer = self.load()
-        return in_int8(model), tokenizer
-
-    def longer(self) -> tuple[Any, Any]:
-        return self.train_on("longer", Preserve())
-
-    def aware(self) -> tuple[Any, Any]:
-        model, tokenizer = self.train_on("aware", QuantizationCallback())
-        return in_int8(model), tokenizer
-
-    def train_on(self, form: str, callback: TrainerCallback) -> tuple[Any, Any]:
-        model, tokenizer = self.load()
-        teacher, _ = load_classifier(str(self.dense), self.data.task.outputs)
-        features = self.encode(tokenizer, self.data.train)
-        settings = Fit(
-            epochs=self.epochs_int8, learning_rate=LEARNING_RATE, batch_size=BATCH,
-            seed=self.seed, checkpoints=3, title=f"{self.name} {form}",
-        )  # fmt: skip
-        torch.manual_seed(self.seed)
-        fit(
-            model, add_teacher_logits(features, teacher, tokenizer), tokenizer,
-            settings, self.folder.with_name(f"{self.name}-{form}"),
-            callbacks=[callback], trainer_class=DistillingTrainer, weight=DISTILL,
-        )  # fmt: skip
-        return model, tokenizer
-
-    def keep(self, form: str, scores: dict[str, float]) -> None:
-        self.scores[form] = scores
-        beside = self.file.with_suffix(".tmp")
-        beside.write_text(json.dumps(self.scores, indent=1), encoding="utf-8")
-        beside.replace(self.file)
+def complete(run: OneShotTraining) -> None:
+    run.prune()
+    for form, dtype in FORMS.items():
+        if form not in run.scores:
+            post = form == "post_training"
+            model = run.pruned() if post else run.train_on(form)
+            run.save_form(model, form, dtype)
+    if "changed" not in run.scores:
+        run.keep("changed", {
+            "/".join(forms): run.changed(*forms) for forms in DIFFERENCES.values()
+        })  # fmt: skip
 
 
-def in_int8(model: Any) -> Any:
-    """A copy whose encoder computes in int8."""
-    model = copy.deepcopy(model)
-    QuantizationAwareTraining(model).begin()
-    return model
+def record(run: OneShotTraining) -> dict[str, Any]:
+    return {
+        "task": run.data.task.name,
+        "metrics": list(run.scores["float32"]),
+        "seed": run.seed,
+        "dev_examples": len(run.data.dev),
+        "unseen_examples": UNSEEN if UNSEEN_METRIC in run.scores["float32"] else 0,
+        "train_examples": len(run.data.train),
+        "calibration_texts": CALIBRATION,
+        "epochs": [run.dense_epochs, run.epochs, run.epochs_on],
+        "scores": {k: v for k, v in run.scores.items() if k != "changed"},
+        "changed": run.scores["changed"],
+    }
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Scores of the float32 form, and in points what others have more: the mean over
+    the seeds, its standard error as far as changed answers tell it, and every seed."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        for metric in run["metrics"]:
+            found.setdefault((run["task"], metric), []).append(run)
+    rows = []
+    for (task, metric), seeds in found.items():
+        percent = [
+            {form: 100 * s.get(metric, nan) for form, s in run["scores"].items()}
+            for run in seeds
+        ]
+        dense = percent[0]["dense"]
+        row = [f"{task} ({metric})", f"{dense:.1f}" if isfinite(dense) else ""]
+        float32 = [scores["float32"] for scores in percent]
+        row.append(f"{mean(float32):.1f} ({', '.join(f'{x:.1f}' for x in float32)})")
+        for form, other in DIFFERENCES.values():
+            points = [round(s[form] - s[other], 2) + 0.0 for s in percent]
+            each = ", ".join(f"{x:+.2f}" for x in points)
+            error = standard_error(seeds, metric, f"{form}/{other}")
+            row.append(f"{round(mean(points), 2) + 0.0:+.2f}{error} ({each})")
+        rows.append(row)
+    return ["task", "dense", "float32", *DIFFERENCES], rows
+
+
+def standard_error(seeds: Sequence[dict[str, Any]], metric: str, forms: str) -> str:
+    """Of a mean difference of accuracy, if every changed answer were a coin's toss."""
+    split = {"accuracy": "dev", UNSEEN_METRIC: "unseen"}.get(metric)
+    changed = [run["changed"][forms].get(split) for run in seeds]
+    if split is None or None in changed:
+        return ""
+    count = len(seeds) * seeds[0][f"{split}_examples"]
+    return f" ± {100 * sqrt(sum(changed)) / count:.2f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, required=True)
-    parser.add_argument("--task", nargs="+", choices=BUDGET, default=list(BUDGET))
+    parser.add_argument("--task", nargs="+", choices=EPOCHS, default=list(EPOCHS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument(
-        "--rows", type=int, help="training rows, fewer than usual: nothing is saved"
-    )
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
     quiet()
-    table = Table("run", "dense", "float32", *FORMS)
+    records = []
     with torch_threads(arguments.threads):
         for task in arguments.task:
-            metric = glue.find_task(task).metrics[0]
             for seed in arguments.seeds:
-                run = Run(arguments, task, seed)
-                scores = run.complete()
-                if arguments.rows is None:
-                    result.save(
-                        f"quantization_accuracy/{run.name}",
-                        {"metric": metric, "rows": len(run.data.train),
-                         "epochs": list(BUDGET[task][:3]), "scores": scores},
-                    )  # fmt: skip
-                figures = [scores[key][metric] for key in ("dense", "float32", *FORMS)]
-                table.add_row(run.name, *(f"{100 * value:.2f}" for value in figures))
-    console().print(table)
+                run = OneShotTraining(arguments.data, arguments.runs, task, seed=seed)
+                complete(run)
+                records.append(record(run))
+                result.save(f"quantization_accuracy/{run.name}", records[-1])
+    console().print(text_table("", *summary(records)))
 
 
 if __name__ == "__main__":

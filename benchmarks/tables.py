@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import section
+from benchmarks import quantization_accuracy, section, size
 from benchmarks.result import RESULTS
 from benchmarks.sections import SECTIONS
 
@@ -231,6 +231,18 @@ def bfloat16() -> str:
     )
 
 
+def quantized_accuracy() -> str:
+    """Int8 against float32 of the same run."""
+    return markdown(
+        *quantization_accuracy.summary(load("quantization_accuracy/*.json"))
+    )
+
+
+def sizes() -> str:
+    """Bytes of the encoder by sparsity and type, with accuracy and latency."""
+    return markdown(*size.summary(load("size.json")[0]))
+
+
 def one_shot() -> str:
     """Cuts without training: by norm, and by reconstruction."""
     rows = [
@@ -280,6 +292,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "hook": hook,
     "penalty": penalty,
     "quantization": quantization,
+    "quantization_accuracy": quantized_accuracy,
+    "size": sizes,
     "training_step": training_step,
     "numbers": numbers,
     "machine": machine,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from encoders import as_float64, assert_rounding, build, text
 
+from benchmarks import quantization_accuracy
 from benchmarks.quantization import Scheme, linears, migrate_, pruned, quantized
 from pybsp.quantization.linear import FakeQuantizedLinear
 
@@ -39,3 +40,21 @@ def test_schemes_quantize_a_copy():
     share = [float((pruned(model, 0.8).get_submodule(n).weight == 0).float().mean())
              for n in names]  # fmt: skip
     assert all(abs(value - 0.8) < 0.01 for value in share)
+
+
+def test_differences_are_those_of_each_seed():
+    forms = ("dense", "float32", "post_training", "longer", "aware")
+    differences = quantization_accuracy.DIFFERENCES.values()
+    runs = [
+        {"task": "sst2", "metrics": ["accuracy"], "dev_examples": 100,
+         "changed": {"/".join(two): {"dev": 8} for two in differences},
+         "scores": {f: {"accuracy": x} for f, x in zip(forms, scores, strict=True)}}
+        for scores in ((0.9, 0.8, 0.79, 0.82, 0.83), (0.9, 0.7, 0.70, 0.71, 0.70))
+    ]  # fmt: skip
+    head, [row] = quantization_accuracy.summary(runs)
+    assert len(head) == len(row)
+    assert row == [
+        "sst2 (accuracy)", "90.0", "75.0 (80.0, 70.0)", "-0.50 ± 2.00 (-1.00, +0.00)",
+        "+1.50 ± 2.00 (+2.00, +1.00)", "+1.50 ± 2.00 (+3.00, +0.00)",
+        "+0.00 ± 2.00 (+1.00, -1.00)",
+    ]  # fmt: skip
