@@ -14,7 +14,7 @@
 // of a group, of about 256 tokens or one sequence: features, twice where the norm comes
 // first, and the larger of 3 x the width of attention and that of the feed-forward
 // part, in floats. For each thread: the widest tile of features, or of the scores of
-// one head.
+// one head; with AMX also two copies of the keys and values of one.
 #pragma once
 
 #include <cstdint>

@@ -532,11 +532,16 @@ def test_float32_and_int8_side_by_side(kind, part, isa):
     assert float((errors < 64 * EPS).float().mean()) > 0.6, (isa, part)
 
 
-def test_int8_has_the_same_bits_in_any_company_on_any_threads(isa):
-    one = ops.Encoder(as_int8(spec(bias=True, window=20)))
-    lengths = torch.randint(1, 60, (11,))
-    mask = (torch.arange(60)[None] < lengths[:, None]).long()
-    ids = torch.randint(0, 60, (11, 60))
+@pytest.mark.parametrize(("longest", "kind"), [
+    (60, {"bias": True, "window": 20}),
+    (110, {"heads": 2, "width": 64, "window": 20}),
+])  # fmt: skip
+def test_int8_has_the_same_bits_in_any_company_on_any_threads(longest, kind, isa):
+    one = ops.Encoder(as_int8(spec(**kind)))
+    lengths = torch.randint(longest // 2, longest, (11,))
+    mask = (torch.arange(longest)[None] < lengths[:, None]).long()
+    mask[7, 5:9] = 0
+    ids = torch.randint(0, 60, (11, longest))
     torch.set_num_threads(1)
     expected = one(ids, mask=mask)
     for count in (2, 3):
