@@ -145,7 +145,13 @@ class BlockSparseMatrix:
         if str(self.dtype) == f"torch.{dtype}":
             return self
         if dtype == "bfloat16":
-            return self._with_values(self._float_values().detach().bfloat16())
+            values = self._float_values().detach().bfloat16()
+            if not bool(values.isfinite().all()):
+                raise ValueError(
+                    "weights must be at most 3.3895e38 in magnitude for bfloat16; got "
+                    f"{float(self._float_values().abs().max()):.4e}: keep float32"
+                )
+            return self._with_values(values)
         quantized, scales = quantize_rows(self.to_dense().detach(), clip)
         return self._with_rows(quantized, scales)
 

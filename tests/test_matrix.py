@@ -450,3 +450,11 @@ def test_wrong_int8_fields_are_named(change: Any, error: Any, message: str) -> N
 def test_quantize_refuses_other_types() -> None:
     with pytest.raises(ValueError, match="'int8' or 'bfloat16'; got 'int4'"):
         BlockSparseMatrix.from_dense(torch.eye(4), (2, 2)).quantize("int4")
+
+
+def test_a_weight_that_bfloat16_cannot_hold():
+    weight = torch.ones(8, 8)
+    weight[3, 3] = torch.finfo(torch.float32).max
+    matrix = BlockSparseMatrix.from_dense(weight, (8, 1))
+    with pytest.raises(ValueError, match=r"at most 3\.3895e38 .* got 3\.4028e\+38"):
+        matrix.quantize("bfloat16")

@@ -74,10 +74,11 @@ Scratch divide(float* scratch, int64_t head_dim, int64_t keys) {
     at.floats += floats;
     return from;
   };
+  // avx512::attention uses (2 head_dim + keys) kWidth floats.
   at.queries = take(head_dim * kWidth * kParts / 2);  // two bytes a part
   at.sums = take(head_dim * kWidth);
   at.scores = take(keys * kWidth);
-  // From here on avx512::attention leaves them as they are.
+  // From here on it leaves them as they are, for the pieces that come next.
   at.keys = take(keys * head_dim * kParts / 2);
   at.values = take(keys * head_dim * kParts / 2);
   at.weights = take(keys * kWidth * kParts / 2);
@@ -284,15 +285,26 @@ void multiply(const float* a, const float* b, int64_t depth, float* y) {
   _tile_stored(3, y, kStride);
 }
 
-// Whether total and a query of each feature are numbers; what is not one in values
-// spoils all queries.
+// Whether total and the first queries of each feature are numbers; what is not one in
+// values spoils all queries. Lanes past the last query may see no key.
 template <int kVectors>
-bool are_finite(const Vec (&total)[kVectors], const float* sums, int64_t head_dim) {
+bool are_finite(const Vec (&total)[kVectors], const float* sums,
+                const AttentionPiece& piece) {
+  constexpr int kAll = (1 << kLanes) - 1;
+  const int last = static_cast<int>(piece.count - (kVectors - 1) * kLanes);
+  const int used = last == kLanes ? kAll : lane_mask(last);
   Vec spoilt = zero();
-  for (int v = 0; v < kVectors; ++v) spoilt = add(spoilt, sub(total[v], total[v]));
-  for (int64_t d = 0; d < head_dim; ++d) {
+  for (int64_t d = 0; d < piece.head_dim; ++d) {
     const Vec a = load(sums + d * kVectors * kLanes);
     spoilt = add(spoilt, sub(a, a));
+  }
+  spoilt =
+      _mm512_maskz_mov_ps(static_cast<__mmask16>(kVectors == 1 ? used : kAll), spoilt);
+  for (int v = 0; v < kVectors; ++v) {
+    const Vec difference = sub(total[v], total[v]);
+    const int lanes = v + 1 == kVectors ? used : kAll;
+    spoilt =
+        add(spoilt, _mm512_maskz_mov_ps(static_cast<__mmask16>(lanes), difference));
   }
   return !any_bit(spoilt);
 }
@@ -364,7 +376,7 @@ bool attend(const AttentionPiece& piece) {
                        at.sums + d * kWidth);
   }
   _tile_release();
-  if (!are_finite<kVectors>(total, at.sums, head_dim)) return false;
+  if (!are_finite<kVectors>(total, at.sums, piece)) return false;
   divide_by<kVectors>(total, at.sums, piece);
   return true;
 }

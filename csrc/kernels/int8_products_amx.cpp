@@ -65,24 +65,16 @@ inline TileInputs gather(const Int8Products& products, const uint16_t* columns,
 template <int kVectors>
 void put_outputs(const Int8Products& products, int64_t first, int64_t count,
                  const float* sums) {
-  constexpr int64_t kWidth = kVectors * kLanes;
-  float* y = products.y_tile + (first - products.first_row) * kWidth;
-  Vec tokens[kVectors];
-  PYBSP_UNROLL
-  for (int v = 0; v < kVectors; ++v)
-    tokens[v] = load(products.token_scales + v * kLanes);
+  const OutputTile<kVectors> to(products);
   for (int64_t out = first; out < first + count; ++out) {
-    const Vec scale = set1(products.weights.scales[out]);
-    const Vec bias = products.bias ? set1(products.bias[out]) : zero();
+    float* const y = to.at(out);
+    const Vec scale = to.scale(out), bias = to.bias(out);
     const Sums more = set1_sums(first_sum(products, out));
     PYBSP_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      const Sums all = add_sums(load_sums(sums + v * kLanes), more);
-      const Vec scaled = rounded(mul(to_floats(all), scale));
-      store(y + v * kLanes, add(rounded(mul(scaled, tokens[v])), bias));
+      to.put(y, v, add_sums(load_sums(sums + v * kLanes), more), scale, bias);
     }
-    sums += kWidth;
-    y += kWidth;
+    sums += kVectors * kLanes;
   }
 }
 

@@ -42,9 +42,16 @@ class OutputTile {
 
   // Output `out` of one vector of tokens.
   inline void put(int64_t out, int v, Sums sums) const {
-    const Vec scaled = rounded(mul(to_floats(sums), set1(scales_[out])));
-    const Vec bias = bias_ ? set1(bias_[out]) : zero();
-    store(y_ + (out * kVectors + v) * kLanes, add(rounded(mul(scaled, own_[v])), bias));
+    put(at(out), v, sums, scale(out), bias(out));
+  }
+
+  // The same from what the vectors of an output share.
+  float* at(int64_t out) const { return y_ + out * (kVectors * kLanes); }
+  Vec scale(int64_t out) const { return set1(scales_[out]); }
+  Vec bias(int64_t out) const { return bias_ ? set1(bias_[out]) : zero(); }
+  inline void put(float* y, int v, Sums sums, Vec scale, Vec bias) const {
+    const Vec scaled = rounded(mul(to_floats(sums), scale));
+    store(y + v * kLanes, add(rounded(mul(scaled, own_[v])), bias));
   }
 
  private:

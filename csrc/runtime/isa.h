@@ -8,7 +8,7 @@
 namespace pybsp {
 
 // avx2_vnni, avx512_vnni, amx (to avx512) and neon_dot add 8-bit products to the set
-// before them and share everything else with it.
+// before them, amx attention of 8-bit encoders too, and share everything else with it.
 enum class Isa { generic, avx2, avx2_vnni, avx512, avx512_vnni, amx, neon, neon_dot };
 
 // The spelling used in PYBSP_ISA, file names, test ids and tables.

@@ -92,12 +92,14 @@ def metadata_for_file(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     metadata = {"format": "pt", VERSION_KEY: str(version), "padding": ""}
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
-    # As safetensors writes it. If it did otherwise, only the alignment would be lost.
-    place = {key: _TYPES.index(_dtype_name(tensors[key].dtype)) for key in tensors}
-    for key in sorted(tensors, key=lambda key: (place[key], key)):
+    # As safetensors writes it. If it did otherwise, or with a type that is not in the
+    # list, only the alignment would be lost.
+    place = {name: number for number, name in enumerate(_TYPES)}
+    types = {key: _dtype_name(tensors[key].dtype) for key in tensors}
+    for key in sorted(tensors, key=lambda key: (place.get(types[key], -1), key)):
         begin, end = end, end + tensors[key].nbytes
         header[key] = {
-            "dtype": _dtype_name(tensors[key].dtype),
+            "dtype": types[key],
             "shape": list(tensors[key].shape),
             "data_offsets": [begin, end],
         }

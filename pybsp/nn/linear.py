@@ -29,8 +29,9 @@ class BlockSparseLinear(nn.Module):
     pattern is fixed; gradients reach only the kept blocks. To change the pattern
     replace the tensors or call ``load_state_dict``; do not write into the indices.
 
-    Over a bfloat16 matrix ``weight_values`` is a bfloat16 buffer, which is not trained;
-    ``float()`` widens it. Over an int8 matrix it is an int8 buffer, with
+    Over a bfloat16 matrix ``weight_values`` is a bfloat16 buffer, which is not trained,
+    and neither is what ``float()`` makes of it; ``to_linear()`` gives a layer that is.
+    Over an int8 matrix it is an int8 buffer, with
     ``weight_scales`` ``(out,)``. ``input_scale`` is then a float32 number, or None
     where each token of ``x`` gets a scale of its own. An int8 layer computes with a
     native copy of these, which a write in place renews, but none through ``.data`` or
@@ -294,8 +295,8 @@ class BlockSparseLinear(nn.Module):
 
     @property
     def is_rounded(self) -> bool:
-        """Whether the weights were rounded, to int8 or bfloat16: a buffer that is not
-        trained."""
+        """Whether the weights were rounded, to int8 or bfloat16, and perhaps widened
+        again: a buffer that is not trained."""
         return "weight_values" in self._buffers
 
     @property

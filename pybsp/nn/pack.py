@@ -193,7 +193,7 @@ def _is_scales(calibration: Any) -> bool:
 
 
 def _build(model: nn.Module, plans: list[LayerPlan]) -> None:
-    shared: dict[int, BlockSparseLinear] = {}
+    shared: dict[tuple[int, str], BlockSparseLinear] = {}
     # All before the first is placed, so that an error leaves the model as it was.
     layers = [(plan, plan.build(shared)) for plan in plans if plan.report.packed]
     for plan, layer in layers:

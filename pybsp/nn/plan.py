@@ -79,8 +79,10 @@ class LayerPlan:
             return self
         return replace(self, report=replace(self.report, input_scale=found[0]))
 
-    def build(self, shared: dict[int, BlockSparseLinear]) -> BlockSparseLinear:
-        """The packed layer; weights shared between linears stay shared."""
+    def build(
+        self, shared: dict[tuple[int, str], BlockSparseLinear]
+    ) -> BlockSparseLinear:
+        """The packed layer; weights that linears of one type share stay shared."""
         if self.packed is not None:
             if self.report.dtype == self.packed.dtype != "int8":
                 return self.packed
@@ -95,7 +97,7 @@ class LayerPlan:
                 self.linear, self.report.block_shape, None, self.report.dtype,
                 self.report.input_scale or None,
             )  # fmt: skip
-        first = shared.setdefault(id(weight), layer)
+        first = shared.setdefault((id(weight), self.report.dtype), layer)
         if first is not layer:
             for name in (*FIELDS, SCALES):
                 setattr(layer, name, getattr(first, name))

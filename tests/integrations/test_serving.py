@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import same_bits
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, BertConfig, BertModel
 from transformers.utils import logging as transformers_logging
@@ -140,6 +140,14 @@ def test_the_tensors_of_a_file_begin_aligned(dtype, name, tmp_path):
         save_file(tensors, tmp_path / "file", metadata_for_file(tensors))
         start = (tmp_path / "file").read_bytes()[:8]
         assert (8 + int.from_bytes(start, "little")) % 64 == 0
+
+
+def test_tensors_of_any_type_are_saved(tmp_path):
+    tensors = {"a": torch.ones(4).to(torch.float8_e4m3fn), "b": torch.ones(3)}
+    save_file(tensors, tmp_path / "file", metadata_for_file(tensors))
+    loaded = load_file(tmp_path / "file")
+    assert loaded["a"].dtype == torch.float8_e4m3fn
+    assert same_bits(loaded["b"], tensors["b"])
 
 
 def test_writing_to_mapped_weights_leaves_the_file_alone(directory):

@@ -534,7 +534,7 @@ def test_float32_and_int8_side_by_side(kind, part, isa):
 
 @pytest.mark.parametrize(("longest", "kind"), [
     (60, {"bias": True, "window": 20}),
-    (110, {"heads": 2, "width": 64, "window": 20}),
+    *((110, {"heads": 2, "width": 64, "window": w}) for w in (0, 1, 5, 14, 20, None)),
 ])  # fmt: skip
 def test_int8_has_the_same_bits_in_any_company_on_any_threads(longest, kind, isa):
     one = ops.Encoder(as_int8(spec(**kind)))

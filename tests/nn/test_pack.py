@@ -530,6 +530,22 @@ def test_bfloat16_decides_as_float32_does(monkeypatch):
     assert all(kind == (False, "float32") for s, kind in kinds.items() if s != (64, 32))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("kept", ["0", "1"])
+def test_linears_that_share_a_weight_may_differ_in_type(kept, dtype):
+    first, second = prune(nn.Linear(32, 32)), nn.Linear(32, 32)
+    second.weight = first.weight
+    model = nn.Sequential(first, second)
+    x = torch.randn(4, 32)
+    expected = model(x)
+    report = pack_(model, dtype=dtype, min_gain=0, float32_modules=[kept])
+    assert {line.name: line.dtype for line in report.layers} == {
+        name: "float32" if name == kept else dtype for name in ("0", "1")
+    }
+    assert [layer.dtype for layer in model] == [line.dtype for line in report.layers]
+    assert float(((model(x) - expected).norm() / expected.norm()).detach()) < 0.05
+
+
 def test_bfloat16_keeps_shared_weights_shared_and_named_layers_float32():
     first, second = prune(nn.Linear(32, 32)), nn.Linear(32, 32)
     second.weight = first.weight
