@@ -11,9 +11,8 @@
 // No alignment is required. Scratch belongs to the calling thread and is kept for its
 // next call: inputs of a group of token tiles (a third of L2, at least one tile a
 // thread), one part of the outputs for each thread and one part of bfloat16 weights in
-// float32. Throws std::bad_alloc. Safe to
-// call from several threads at once. The result has the same bits for every number of
-// threads.
+// float32. Throws std::bad_alloc. Safe to call from several threads at once. The result
+// has the same bits for every number of threads.
 //
 // Inside, a tile of tokens lies transposed, [in][lanes x vectors]: a SIMD lane is a
 // token and a weight is a broadcast scalar, so that any block shape multiplies without
