@@ -145,11 +145,13 @@ class BlockSparseMatrix:
         if str(self.dtype) == f"torch.{dtype}":
             return self
         if dtype == "bfloat16":
-            values = self._float_values().detach().bfloat16()
-            if not bool(values.isfinite().all()):
+            exact = self._float_values().detach()
+            values = exact.bfloat16()
+            lost = exact[values.isinf() & exact.isfinite()]
+            if len(lost):
                 raise ValueError(
                     "weights must be at most 3.3895e38 in magnitude for bfloat16; got "
-                    f"{float(self._float_values().abs().max()):.4e}: keep float32"
+                    f"{float(lost[0]):.4e}: keep float32"
                 )
             return self._with_values(values)
         quantized, scales = quantize_rows(self.to_dense().detach(), clip)
