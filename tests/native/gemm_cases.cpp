@@ -236,7 +236,8 @@ void check_activations(Report& report, bool quick) {
       if (activation == Activation::none || activation == Activation::relu) {
         bound[i] = 0.0;
       }
-      if (activation == Activation::gelu_short) bound[i] = 5e-6 + 1e-6 * std::max(a, 0.0);
+      if (activation == Activation::gelu_short)
+        bound[i] = 5e-6 + 1e-6 * std::max(a, 0.0);
     }
     std::vector<float> y(x.size());
     const pybsp::Epilogue epilogue{nullptr, activation, nullptr};
