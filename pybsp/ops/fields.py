@@ -46,6 +46,15 @@ def int32_indices(name: str, indices: torch.Tensor) -> torch.Tensor:
     return indices.to(torch.int32).contiguous()
 
 
+def check_float_values(values: torch.Tensor) -> None:
+    """``TypeError`` for values, without scales, of a type that kernels do not take."""
+    if values.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(
+            f"values must be float32 or bfloat16; got {values.dtype}; call .float() "
+            "first"
+        )
+
+
 def bind_pattern(
     crow_indices: torch.Tensor,
     col_indices: torch.Tensor,
@@ -59,11 +68,7 @@ def bind_pattern(
     """
     if values.dtype == torch.int8:
         raise TypeError("int8 values need scales, one for each output; got none")
-    if values.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(
-            f"values must be float32 or bfloat16; got {values.dtype}; call .float() "
-            "first"
-        )
+    check_float_values(values)
     bfloat16 = values.dtype == torch.bfloat16
     if bfloat16 and values.requires_grad:
         raise TypeError(

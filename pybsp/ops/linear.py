@@ -9,7 +9,12 @@ from torch.autograd import forward_ad
 
 from .. import reference
 from .codes import CODES
-from .fields import bind_pattern, column_major_blocks, int32_indices
+from .fields import (
+    bind_pattern,
+    check_float_values,
+    column_major_blocks,
+    int32_indices,
+)
 from .gradients import gradients
 from .int8 import EagerInt8Product, check_input_scale, multiply_int8
 
@@ -409,11 +414,8 @@ def block_sparse_linear_fields(
         raise TypeError(
             f"values must be torch.int8; got {values.dtype}; quantize them again"
         )
-    if scales is None and values.dtype not in (_float32, _bfloat16):
-        raise TypeError(
-            f"values must be float32 or bfloat16; got {values.dtype}; call .float() "
-            "first"
-        )
+    if scales is None:
+        check_float_values(values)
     _check_features(x, shape)
     if bias is not None:
         bias = checked_bias(bias, shape[0], x.device)
