@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 
 from pybsp import ops
 from pybsp.blocks import expand_blocks
-from pybsp.nn import pack_
+from pybsp.integrations.packed_file import PACKED_FILE
+from pybsp.nn import BlockSparseLinear, pack_
 
 COMMON = {
     "hidden_size": 64,
@@ -192,3 +196,41 @@ def counted() -> Iterator[Calls]:
 def stock(model: nn.Module, **arguments: Any) -> Any:
     """What the model computes by its own modules."""
     return type(model).forward(model, **arguments)
+
+
+def packed_layers(model: nn.Module, dtype: str) -> dict[str, BlockSparseLinear]:
+    """The packed layers with weights of this type, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, BlockSparseLinear) and module.dtype == dtype
+    }
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    """Of two texts, one of them padded."""
+    result: torch.Tensor = model(**text(2, 12, "right"))[0]
+    return result
+
+
+def record_in(folder: Path) -> dict[str, Any]:
+    """What ``config.json`` says about packing."""
+    config = json.loads((folder / "config.json").read_text())
+    record: dict[str, Any] = config["quantization_config"]
+    return record
+
+
+def header(file: Path) -> dict[str, str]:
+    """The metadata of a checkpoint."""
+    with safe_open(file, framework="pt") as checkpoint:
+        found: dict[str, str] = checkpoint.metadata()
+    return found
+
+
+def pack_all_on_loading(folder: Path) -> None:
+    """Leaves the dense file alone, of which every layer is packed."""
+    (folder / PACKED_FILE).unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["min_gain"] = 0.0
+    (folder / "config.json").write_text(json.dumps(config))

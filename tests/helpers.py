@@ -10,6 +10,28 @@ from pybsp import reference
 from pybsp.blocks import BlockShape, expand_blocks, grid_shape
 
 EPS = torch.finfo(torch.float32).eps
+ACTIVATIONS = [None, "relu", "gelu", "gelu_tanh", "silu"]
+#: (shape, block shape): tiles of every height and family, odd sizes, single rows,
+#: columns and blocks, more outputs than one part holds.
+GRIDS = [
+    ((48, 40), (8, 1)),
+    ((64, 37), (16, 1)),
+    ((64, 48), (16, 4)),
+    ((36, 33), (4, 1)),
+    ((36, 44), (4, 4)),
+    ((96, 96), (32, 32)),
+    ((60, 25), (12, 1)),
+    ((35, 27), (5, 3)),
+    ((33, 29), (1, 1)),
+    ((19, 24), (1, 3)),
+    ((23, 48), (1, 8)),
+    ((17, 31), (1, 31)),
+    ((31, 17), (31, 1)),
+    ((13, 7), (13, 7)),
+    ((1, 1), (1, 1)),
+    ((312, 312), (24, 2)),
+    ((1200, 32), (1, 16)),
+]
 #: Under this magnitude an activation may be any number as small.
 SMALLEST = 2e-36
 

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pytest
 import torch
-from encoders import ARCHITECTURES, arguments_for, build, packed, text
-from safetensors import safe_open
+from encoders import (
+    ARCHITECTURES,
+    arguments_for,
+    build,
+    header,
+    logits,
+    pack_all_on_loading,
+    packed,
+    packed_layers,
+    record_in,
+    text,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -19,19 +28,11 @@ from transformers import (
 )
 
 import pybsp
-from pybsp.integrations.packed_file import ALIGNMENT, PACKED_FILE, VERSION_KEY
+from pybsp.integrations.packed_file import ALIGNMENT, VERSION_KEY
 from pybsp.nn import BlockSparseLinear, pack_
 from pybsp.nn.encoder import FusedForward
 
 LAYER = "bert.encoder.layer.0.output.dense"
-
-
-def bfloat16_layers(model):
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, BlockSparseLinear) and module.dtype == "bfloat16"
-    }
 
 
 def rounded(model):
@@ -48,27 +49,6 @@ def classifier():
     return build("bert", "ForSequenceClassification")
 
 
-@torch.no_grad()
-def logits(model):
-    return model(**text(2, 12, "right"))[0]
-
-
-def record_in(folder):
-    return json.loads((folder / "config.json").read_text())["quantization_config"]
-
-
-def pack_all_on_loading(folder):
-    (folder / PACKED_FILE).unlink()
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["min_gain"] = 0.0
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def header(file):
-    with safe_open(file, framework="pt") as checkpoint:
-        return checkpoint.metadata()
-
-
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_encoders_have_the_bits_of_float32(name):
     model = build(name)
@@ -81,7 +61,7 @@ def test_encoders_have_the_bits_of_float32(name):
             isinstance(vars(m).get("forward"), FusedForward) for m in (found, twin)
         ]
         assert native[0] == native[1]
-        assert bfloat16_layers(found)
+        assert packed_layers(found, "bfloat16")
         assert torch.equal(found(**arguments)[0], expected)
 
 
@@ -130,9 +110,9 @@ def test_an_encoder_sees_what_changes():
         assert not torch.equal(changed, before)
         layer.weight_values = layer.weight_values / 2
         assert torch.equal(model(**arguments)[0], before)
-        for packed_layer in bfloat16_layers(model).values():
+        for packed_layer in packed_layers(model, "bfloat16").values():
             packed_layer.float()
-        assert not bfloat16_layers(model)
+        assert not packed_layers(model, "bfloat16")
         assert torch.equal(model(**arguments)[0], before)
 
 
@@ -140,12 +120,12 @@ def test_the_packed_file_loads_as_it_was(tmp_path):
     model = packed(classifier(), dtype="bfloat16")
     expected = logits(model)
     file = pybsp.save_packed(model, tmp_path)
-    before = bfloat16_layers(model)
+    before = packed_layers(model, "bfloat16")
     for loaded in (
         AutoModelForSequenceClassification.from_pretrained(tmp_path),
         AutoModel.from_pretrained(tmp_path),
     ):
-        found = bfloat16_layers(loaded)
+        found = packed_layers(loaded, "bfloat16")
         assert len(found) == 12
         for name, layer in found.items():
             twin = before[name if name in before else f"bert.{name}"]
@@ -170,18 +150,18 @@ def test_the_dense_file_holds_the_same_numbers(tmp_path):
     model = packed(classifier(), dtype="bfloat16", shrink=False)
     pybsp.save_packed(model, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    for name, layer in bfloat16_layers(model).items():
+    for name, layer in packed_layers(model, "bfloat16").items():
         assert weights[f"{name}.weight"].dtype == torch.float32
         assert torch.equal(weights[f"{name}.weight"], layer.weight)
     pack_all_on_loading(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    before = bfloat16_layers(model)
-    assert set(bfloat16_layers(loaded)) == set(before)
-    for name, layer in bfloat16_layers(loaded).items():
+    before = packed_layers(model, "bfloat16")
+    assert set(packed_layers(loaded, "bfloat16")) == set(before)
+    for name, layer in packed_layers(loaded, "bfloat16").items():
         assert torch.equal(layer.weight_values, before[name].weight_values)
     assert torch.equal(logits(loaded), logits(model))
     dense = loaded.dequantize()
-    assert not bfloat16_layers(dense)
+    assert not packed_layers(dense, "bfloat16")
     assert torch.equal(dense.get_submodule(LAYER).weight, weights[f"{LAYER}.weight"])
 
 
@@ -234,7 +214,7 @@ def test_neurons_are_left_out_and_saved_as_they_were(tmp_path):
     pybsp.save_packed(small, tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert loaded.bert.encoder.layer[0].intermediate.dense.out_features == 56
-    assert len(bfloat16_layers(loaded)) == 12
+    assert len(packed_layers(loaded, "bfloat16")) == 12
     pybsp.nn.unpack_(loaded)
     saved = loaded.state_dict()
     assert all(torch.equal(saved[key], expected[key]) for key in expected)
@@ -290,6 +270,6 @@ def test_pipeline(tmp_path):
     classify = pipeline(
         "text-classification", model=str(tmp_path / "out"), device="cpu"
     )
-    assert len(bfloat16_layers(classify.model)) == 12
+    assert len(packed_layers(classify.model, "bfloat16")) == 12
     direct = pipeline("text-classification", model=model, tokenizer=tokenizer)
     assert classify("good film") == direct("good film")

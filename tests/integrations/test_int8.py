@@ -8,8 +8,16 @@ import pickle
 
 import pytest
 import torch
-from encoders import build, packed, text
-from safetensors import safe_open
+from encoders import (
+    build,
+    header,
+    logits,
+    pack_all_on_loading,
+    packed,
+    packed_layers,
+    record_in,
+    text,
+)
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -26,32 +34,10 @@ from pybsp.nn import BlockSparseLinear, pack_
 LAYER = "bert.encoder.layer.0.output.dense"
 
 
-def int8_layers(model):
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, BlockSparseLinear) and module.is_int8
-    }
-
-
 def int8_model(static=False, **options):
     model = build("bert", "ForSequenceClassification")
     batches = [text(2, 12, seed=seed) for seed in range(3)] if static else None
     return packed(model, dtype="int8", calibration=batches, **options)
-
-
-@torch.no_grad()
-def logits(model):
-    return model(**text(2, 12, "right"))[0]
-
-
-def record_in(folder):
-    return json.loads((folder / "config.json").read_text())["quantization_config"]
-
-
-def header(file):
-    with safe_open(file, framework="pt") as checkpoint:
-        return checkpoint.metadata()
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -61,15 +47,15 @@ def test_the_packed_file_loads_as_it_was(static, fuse, tmp_path):
     expected = logits(model)
     file = pybsp.save_packed(model, tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert len(int8_layers(loaded)) == 12
+    assert len(packed_layers(loaded, "int8")) == 12
     if not fuse:
         pybsp.nn.encoder.unfuse_encoders_(loaded)
         pybsp.nn.fuse.unfuse_(loaded)
         pybsp.nn.fuse.unfuse_(model)
         expected = logits(model)
     assert torch.equal(logits(loaded), expected)
-    before = int8_layers(model)
-    for name, layer in int8_layers(loaded).items():
+    before = packed_layers(model, "int8")
+    for name, layer in packed_layers(loaded, "int8").items():
         assert torch.equal(layer.weight_values, before[name].weight_values)
         assert torch.equal(layer.weight_scales, before[name].weight_scales)
         assert layer.static_scale == before[name].static_scale
@@ -90,17 +76,14 @@ def test_the_dense_file_holds_the_same_numbers(static, tmp_path):
     pybsp.save_packed(model, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     assert not any("input_scale" in key for key in weights)
-    for name, layer in int8_layers(model).items():
+    for name, layer in packed_layers(model, "int8").items():
         assert torch.equal(weights[f"{name}.weight"], layer.weight)
     # Without the packed file the layers are quantised again while they load.
-    (tmp_path / PACKED_FILE).unlink()
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"]["min_gain"] = 0.0
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    pack_all_on_loading(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    before = int8_layers(model)
-    assert set(int8_layers(loaded)) == set(before)
-    for name, layer in int8_layers(loaded).items():
+    before = packed_layers(model, "int8")
+    assert set(packed_layers(loaded, "int8")) == set(before)
+    for name, layer in packed_layers(loaded, "int8").items():
         assert torch.equal(layer.weight_values, before[name].weight_values)
         assert layer.static_scale == before[name].static_scale
         torch.testing.assert_close(
@@ -122,7 +105,7 @@ def test_save_pretrained_and_dequantize(tmp_path):
     assert set(weights) == set(again)
     assert all(torch.equal(weights[key], again[key]) for key in weights)
     dense = loaded.dequantize()
-    assert not int8_layers(dense)
+    assert not packed_layers(dense, "int8")
     assert type(dense.get_submodule(LAYER)) is torch.nn.Linear
     assert torch.equal(dense.get_submodule(LAYER).weight, weights[f"{LAYER}.weight"])
 
@@ -131,15 +114,15 @@ def test_heads_base_models_and_pipelines(tmp_path):
     model = int8_model(static=True)
     pybsp.save_packed(model, tmp_path)
     base = AutoModel.from_pretrained(tmp_path)
-    assert len(int8_layers(base)) == 12
-    assert all(layer.static_scale for layer in int8_layers(base).values())
+    assert len(packed_layers(base, "int8")) == 12
+    assert all(layer.static_scale for layer in packed_layers(base, "int8").values())
     base.save_pretrained(tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     config["quantization_config"]["min_gain"] = 0.0
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     head = BertForSequenceClassification.from_pretrained(tmp_path / "base")
-    assert all(layer.static_scale for layer in int8_layers(head).values())
-    assert len(int8_layers(head)) == 12
+    assert all(layer.static_scale for layer in packed_layers(head, "int8").values())
+    assert len(packed_layers(head, "int8")) == 12
 
 
 def test_a_model_is_quantized_after_it_was_loaded_in_float32(tmp_path):
@@ -147,7 +130,7 @@ def test_a_model_is_quantized_after_it_was_loaded_in_float32(tmp_path):
     direct = packed(model, dtype="int8", shrink=False)
     pybsp.save_packed(model, tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert not int8_layers(loaded)
+    assert not packed_layers(loaded, "int8")
     report = pack_(loaded, dtype="int8", min_gain=0, shrink=False)
     assert sum(layer.dtype == "int8" for layer in report.layers) == 12
     assert torch.equal(logits(loaded), logits(direct))
@@ -173,7 +156,7 @@ def test_both_types_in_one_model(form, tmp_path):
         AutoModelForSequenceClassification.from_pretrained(tmp_path),
         AutoModel.from_pretrained(tmp_path),
     ):
-        assert len(int8_layers(loaded)) == 11
+        assert len(packed_layers(loaded, "int8")) == 11
         layer = loaded.base_model.encoder.layer[0].output.dense
         assert isinstance(layer, BlockSparseLinear)
         assert not layer.is_int8
@@ -227,7 +210,7 @@ def test_neurons_are_left_out_and_saved_as_they_were(tmp_path):
     pybsp.save_packed(small, tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert loaded.bert.encoder.layer[0].intermediate.dense.out_features == 56
-    for name, part in int8_layers(loaded).items():
+    for name, part in packed_layers(loaded, "int8").items():
         assert torch.equal(part.weight_values, small.get_submodule(name).weight_values)
         assert torch.equal(part.weight_scales, small.get_submodule(name).weight_scales)
     saved = loaded.state_dict()
@@ -253,7 +236,10 @@ def test_what_is_around_frozen_int8_layers_is_trained(tmp_path):
     pybsp.save_packed(int8_model(), tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    values = {name: m.weight_values.clone() for name, m in int8_layers(model).items()}
+    values = {
+        name: m.weight_values.clone()
+        for name, m in packed_layers(model, "int8").items()
+    }
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(2):
         model(**text(2, 12), labels=torch.tensor([0, 1])).loss.backward()
@@ -263,7 +249,7 @@ def test_what_is_around_frozen_int8_layers_is_trained(tmp_path):
     for name in ("classifier.weight", "bert.embeddings.word_embeddings.weight"):
         assert name in moved
     assert f"{LAYER}.bias" in moved
-    for name, layer in int8_layers(model).items():
+    for name, layer in packed_layers(model, "int8").items():
         assert torch.equal(layer.weight_values, values[name])
     # Natively again, with what was learned.
     assert torch.isfinite(logits(model.eval())).all()
@@ -359,6 +345,6 @@ def test_pipeline(tmp_path):
     classify = pipeline(
         "text-classification", model=str(tmp_path / "out"), device="cpu"
     )
-    assert len(int8_layers(classify.model)) == 12
+    assert len(packed_layers(classify.model, "int8")) == 12
     direct = pipeline("text-classification", model=model, tokenizer=tokenizer)
     assert classify("good film") == direct("good film")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_linear, block_sparse_weight, same_bits
+from helpers import ACTIVATIONS, GRIDS, assert_linear, block_sparse_weight, same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,31 +16,12 @@ import pybsp
 from pybsp import BlockSparseMatrix, ops
 from pybsp.blocks import expand_blocks
 
-ACTIVATIONS = [None, "relu", "gelu", "gelu_tanh", "silu"]
-# (shape, block shape): every family of tiles, single rows and columns, odd sizes, more
-# outputs than one part holds, and single blocks.
-GRIDS = [
-    ((48, 40), (8, 1)),
-    ((64, 37), (16, 1)),
-    ((64, 48), (16, 4)),
-    ((36, 33), (4, 1)),
-    ((36, 44), (4, 4)),
-    ((96, 96), (32, 32)),
-    ((60, 25), (12, 1)),
-    ((35, 27), (5, 3)),
-    ((33, 29), (1, 1)),
-    ((19, 24), (1, 3)),
-    ((23, 48), (1, 8)),
+ALL_GRIDS = [
+    *GRIDS,
     ((41, 96), (1, 48)),
-    ((17, 31), (1, 31)),
-    ((31, 17), (31, 1)),
-    ((13, 7), (13, 7)),
-    ((1, 1), (1, 1)),
     ((1, 70), (1, 7)),
     ((70, 1), (7, 1)),
-    ((312, 312), (24, 2)),
     ((1200, 30), (3, 1)),
-    ((1200, 32), (1, 16)),
     ((26, 1200), (13, 4)),
 ]
 TOKENS = [*range(50), 96, 131]
@@ -52,7 +33,7 @@ def call(weight: torch.Tensor, block_shape: Any, x: torch.Tensor, *args: Any) ->
 
 
 @pytest.mark.parametrize(
-    ("shape", "block_shape"), GRIDS, ids=lambda pair: "x".join(map(str, pair))
+    ("shape", "block_shape"), ALL_GRIDS, ids=lambda pair: "x".join(map(str, pair))
 )
 def test_matches_float64(isa: str, shape: Any, block_shape: Any) -> None:
     out_features, in_features = shape

@@ -310,14 +310,18 @@ def test_int8_computes_the_int8_product(input_scale, activation):
     assert layer.matrix.values is layer.weight_values
 
 
-def test_int8_weights_are_not_trained_and_the_rest_is():
-    layer = int8_layer()
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_rounded_weights_are_not_trained_and_the_rest_is(dtype):
+    layer = int8_layer() if dtype == "int8" else bfloat16_layer()
     assert [name for name, _ in layer.named_parameters()] == ["bias"]
     layer.requires_grad_(True)
     x = torch.randn(3, 16, requires_grad=True)
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, 16))
     assert layer.bias.grad is not None
+    linear = layer.to_linear()
+    assert linear.weight.requires_grad
+    assert linear.weight.dtype == torch.float32
 
 
 def test_int8_from_linear_and_from_a_float32_layer():
@@ -547,19 +551,6 @@ def test_bfloat16_computes_the_product_of_rounded_weights(activation):
     assert layer.matrix.values is layer.weight_values
     assert layer.quantize(dtype="bfloat16") is layer
     assert layer.weight_values.nbytes * 2 == wide.weight_values.nbytes
-
-
-def test_bfloat16_weights_are_not_trained_and_the_rest_is():
-    layer = bfloat16_layer()
-    assert [name for name, _ in layer.named_parameters()] == ["bias"]
-    layer.requires_grad_(True)
-    x = torch.randn(3, 16, requires_grad=True)
-    layer(x).sum().backward()
-    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, 16))
-    assert layer.bias.grad is not None
-    linear = layer.to_linear()
-    assert linear.weight.requires_grad
-    assert linear.weight.dtype == torch.float32
 
 
 def test_bfloat16_sees_writes_copies_and_states():
