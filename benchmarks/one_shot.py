@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import result
 from pybsp import BlockPruner, BlockPruningConfig, prune_one_shot
-from pybsp.cli import glue, metrics, models
+from pybsp.cli import metrics, models, tasks
 from pybsp.cli.training import batches, by_length, encode, predict
 
 
@@ -29,7 +29,7 @@ class Task:
     """A fine-tuned model, the texts of its task, and its hidden states."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.data = glue.load(arguments.task, arguments.data)
+        self.data = tasks.load(arguments.task, arguments.data)
         dense = str(arguments.runs / f"{arguments.task}-dense")
         outputs = self.data.task.outputs
         self.model, self.tokenizer = models.load_classifier(dense, outputs)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from benchmarks.recovery import Run
 from pybsp import BlockPruningCallback, QuantizationCallback, pack_, save_packed
-from pybsp.cli import glue, metrics
+from pybsp.cli import metrics, tasks
 from pybsp.cli.training import (
     TRAINER_STATE,
     Features,
@@ -80,7 +80,7 @@ class OneShotTraining(Run):
         )
         return batches([picked[row] for row in by_length(picked)], self.tokenizer)
 
-    def splits(self) -> dict[str, glue.Split]:
+    def splits(self) -> dict[str, tasks.Split]:
         """The development set, and rows of the training set that are left out of
         ``data``, if there are."""
         found = {"dev": self.data.dev}
@@ -88,7 +88,7 @@ class OneShotTraining(Run):
         rest = [example for example in every if example not in seen]
         if len(rest) >= UNSEEN:
             texts, labels = zip(*random.Random(0).sample(rest, UNSEEN), strict=True)
-            found["unseen"] = glue.Split(list(texts), list(labels))
+            found["unseen"] = tasks.Split(list(texts), list(labels))
         return found
 
     def logits(self, form: str, model: Any = None) -> dict[str, NDArray[np.float32]]:
@@ -180,5 +180,5 @@ class OneShotTraining(Run):
         beside.replace(self.file)
 
 
-def examples(split: glue.Split) -> list[tuple[glue.Text, float]]:
+def examples(split: tasks.Split) -> list[tuple[tasks.Text, float]]:
     return list(zip(split.texts, split.labels, strict=True))

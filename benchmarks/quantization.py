@@ -26,7 +26,7 @@ from transformers import AutoModel, AutoTokenizer
 import pybsp
 from benchmarks import result
 from benchmarks.section import console
-from pybsp.cli import glue
+from pybsp.cli import tasks
 from pybsp.cli.models import quiet, resolve
 from pybsp.cli.timing import torch_threads
 from pybsp.quantization import calibrate, sensitivity
@@ -71,7 +71,7 @@ SCHEMES = (
 def sentences(data: Path, part: str, count: int) -> list[str]:
     found: list[str] = []
     for task in ("sst2", "stsb"):
-        split = getattr(glue.load(task, data), part)
+        split = getattr(tasks.load(task, data), part)
         rows = random.Random(0).sample(range(len(split)), count // 2)
         found += [split.texts[row][0] for row in rows]
     return found

@@ -27,7 +27,7 @@ from pybsp import (
     DistillationConfig,
     prune_one_shot,
 )
-from pybsp.cli import glue, metrics, models
+from pybsp.cli import metrics, models, tasks
 from pybsp.cli.training import (
     TRAINER_STATE,
     Features,
@@ -96,8 +96,8 @@ class Run:
         rows, self.dense_epochs, self.epochs = BUDGET[task]
         if arguments.epochs:
             self.epochs = arguments.epochs
-        self.whole = glue.load(task, arguments.data)
-        self.data = glue.subsample(self.whole, rows, 0)
+        self.whole = tasks.load(task, arguments.data)
+        self.data = tasks.subsample(self.whole, rows, 0)
         self.dense = arguments.runs / f"{task}-dense"
         tail = f"-e{arguments.epochs:g}" if arguments.epochs else ""
         tail += f"-{arguments.sparsity:.0%}" if arguments.sparsity != 0.8 else ""
@@ -130,7 +130,7 @@ class Run:
     def load(self, source: Path) -> Any:
         return models.load_classifier(str(source), self.data.task.outputs)
 
-    def encode(self, split: glue.Split) -> Features:
+    def encode(self, split: tasks.Split) -> Features:
         classes = not self.data.task.is_regression
         return encode(self.tokenizer, split, 128, classes=classes)
 

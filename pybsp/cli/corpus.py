@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import WorkError
-from .glue import Split, Task, TaskData, Text
+from .tasks import Split, Task, TaskData, Text
 
 AREAS = {
     "network": (

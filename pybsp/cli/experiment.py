@@ -30,10 +30,10 @@ from ..pruning import (
 from . import environment, measurement, metrics, reporting
 from .after_cut import AFTER_CUT, NORMS, WatchCut, record_norms
 from .errors import WorkError
-from .glue import TaskData
 from .model_card import model_card
 from .models import load_classifier, name_labels
 from .recipe import Recipe, Subject
+from .tasks import TaskData
 from .training import (
     TRAINER_STATE,
     Features,

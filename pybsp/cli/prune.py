@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import glue
+from . import tasks
 from .errors import UsageError
 from .main import Result
 from .prune_options import add_arguments
@@ -41,8 +41,8 @@ def run(arguments: argparse.Namespace) -> Result:
 
     from .workspace import Workspace, finished_results
 
-    data = glue.load(arguments.task, arguments.data)
-    data = glue.subsample(data, arguments.max_train_samples, arguments.seed)
+    data = tasks.load(arguments.task, arguments.data)
+    data = tasks.subsample(data, arguments.max_train_samples, arguments.seed)
     finished = finished_results(out, options, resume=arguments.resume)
     if finished is None:
         subject = find_subject(arguments)
@@ -149,7 +149,7 @@ def find_subject(arguments: argparse.Namespace) -> Subject:
     if dense is not None and not (dense / "config.json").is_file():
         raise UsageError(f"--dense-checkpoint {dense} holds no model (no config.json)")
     source = str(dense) if dense is not None else models.resolve(arguments.model)
-    outputs = glue.find_task(arguments.task).outputs
+    outputs = tasks.find_task(arguments.task).outputs
     models.check_outputs(dense, outputs)
     return Subject(
         name=arguments.model,

@@ -16,7 +16,7 @@ from .arguments import (
     positive_number,
     share,
 )
-from .glue import TASKS
+from .tasks import TASKS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,8 +14,8 @@ from .main import Result
 from .models import find_packaged, load_classifier
 
 if TYPE_CHECKING:
-    from .glue import TaskData
     from .recipe import Recipe, Subject
+    from .tasks import TaskData
 
 SPARSITY = 0.8
 BLOCK_SHAPE = (8, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .glue import Split
+from .tasks import Split
 
 VOCABULARY = 4096
 POSITIONS = 128

@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from .errors import WorkError
-from .glue import Split
+from .tasks import Split
 
 Features: TypeAlias = list[dict[str, Any]]
 TRAINER_STATE = "trainer_state.json"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pybsp.cli import engines, glue, models, small_bert
+from pybsp.cli import engines, models, small_bert, tasks
 from pybsp.cli.main import main
 
 GOOD = ("good", "great", "fine", "lovely")
@@ -42,7 +42,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """A two-layer BERT of width 32 with random weights and its tokenizer."""
     models.quiet()
-    split = glue.load("sst2", data).train
+    split = tasks.load("sst2", data).train
     tokenizer = small_bert.train_tokenizer(split, vocabulary=120)
     network = small_bert.build(tokenizer, 2, hidden=32, layers=2, seed=0)
     folder = tmp_path_factory.mktemp("model")

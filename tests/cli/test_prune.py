@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import pipeline
 
-from pybsp.cli import experiment, glue, training
+from pybsp.cli import experiment, tasks, training
 from pybsp.cli.main import main
 from pybsp.cli.models import load_classifier
 
@@ -92,7 +92,7 @@ def test_the_card_has_front_matter_and_names_no_folder(pruned):
 
 
 def test_a_pipeline_gives_the_dense_model_s_answers(pruned, data):
-    texts = [text for (text,) in glue.load("sst2", data).dev.texts]
+    texts = [text for (text,) in tasks.load("sst2", data).dev.texts]
     classify = pipeline("text-classification", model=str(pruned), top_k=None)
     dense, tokenizer = load_classifier(str(pruned), 2)
     dense = dense.dequantize().eval()

@@ -1,7 +1,7 @@
 import pytest
 
 from pybsp.cli import quickstart
-from pybsp.cli.glue import load
+from pybsp.cli.tasks import load
 
 
 @pytest.fixture

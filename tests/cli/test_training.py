@@ -6,8 +6,8 @@ import torch
 
 from pybsp.cli import training
 from pybsp.cli.errors import WorkError
-from pybsp.cli.glue import Split, load
 from pybsp.cli.models import load_classifier
+from pybsp.cli.tasks import Split, load
 
 
 @pytest.fixture(scope="module")

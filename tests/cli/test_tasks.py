@@ -3,7 +3,7 @@ import types
 
 import pytest
 
-from pybsp.cli import glue
+from pybsp.cli import tasks
 from pybsp.cli.errors import UsageError, WorkError
 
 
@@ -15,21 +15,21 @@ def write(folder, task, train, dev=None):
 
 def test_quotes_and_commas_are_plain_characters(tmp_path):
     write(tmp_path, "sst2", 'sentence\tlabel\n"an open quote, and\t0\nb"c"\t1\r\n')
-    data = glue.load("sst2", tmp_path)
+    data = tasks.load("sst2", tmp_path)
     assert data.train.texts == [('"an open quote, and',), ('b"c"',)]
     assert data.train.labels == [0, 1]
 
 
 def test_columns_are_found_by_name(tmp_path):
     write(tmp_path, "mrpc", "label\tid\tsentence2\tsentence1\n1\t7\tsecond\tfirst\n")
-    data = glue.load("mrpc", tmp_path)
+    data = tasks.load("mrpc", tmp_path)
     assert data.train.texts == [("first", "second")]
     assert data.dev.labels == [1]
 
 
 def test_regression_labels_are_numbers(tmp_path):
     write(tmp_path, "stsb", "sentence1\tsentence2\tlabel\na\tb\t3.75\n")
-    data = glue.load("stsb", tmp_path)
+    data = tasks.load("stsb", tmp_path)
     assert data.train.labels == [3.75]
     assert data.task.outputs == 1
 
@@ -52,7 +52,7 @@ def test_regression_labels_are_numbers(tmp_path):
 def test_a_bad_file_is_told_in_one_line(tmp_path, text, message):
     write(tmp_path, "sst2", text)
     with pytest.raises(WorkError) as error:
-        glue.load("sst2", tmp_path)
+        tasks.load("sst2", tmp_path)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -61,53 +61,53 @@ def test_a_bad_file_is_told_in_one_line(tmp_path, text, message):
 def test_bad_regression_labels(tmp_path, label):
     write(tmp_path, "stsb", f"sentence1\tsentence2\tlabel\na\tb\t{label}\n")
     with pytest.raises(WorkError, match="label"):
-        glue.load("stsb", tmp_path)
+        tasks.load("stsb", tmp_path)
 
 
 def test_text_that_is_not_utf8(tmp_path):
     write(tmp_path, "sst2", "sentence\tlabel\na\t1\n")
     (tmp_path / "sst2" / "dev.tsv").write_bytes(b"sentence\tlabel\n\xff\t1\n")
     with pytest.raises(WorkError, match="not UTF-8"):
-        glue.load("sst2", tmp_path)
+        tasks.load("sst2", tmp_path)
 
 
 def test_unknown_task_and_missing_files(tmp_path):
     with pytest.raises(UsageError, match="unknown task 'sst3': choose one of sst2"):
-        glue.load("sst3", tmp_path)
+        tasks.load("sst3", tmp_path)
     with pytest.raises(UsageError, match="not a directory"):
-        glue.load("sst2", tmp_path / "nowhere")
+        tasks.load("sst2", tmp_path / "nowhere")
     with pytest.raises(UsageError, match=r"train\.tsv does not exist"):
-        glue.load("sst2", tmp_path)
+        tasks.load("sst2", tmp_path)
     write(tmp_path, "sst2", "sentence\tlabel\na\t1\n")
     (tmp_path / "sst2" / "dev.tsv").unlink()
     with pytest.raises(UsageError, match=r"dev\.tsv does not exist"):
-        glue.load("sst2", tmp_path)
+        tasks.load("sst2", tmp_path)
 
 
 def test_subsample_is_drawn_once_and_keeps_the_dev_split(tmp_path):
     rows = "".join(f"text {i}\t{i % 2}\n" for i in range(50))
     write(tmp_path, "sst2", "sentence\tlabel\n" + rows)
-    data = glue.load("sst2", tmp_path)
-    small = glue.subsample(data, 10, seed=3)
+    data = tasks.load("sst2", tmp_path)
+    small = tasks.subsample(data, 10, seed=3)
     assert len(small.train) == 10
     assert small.dev == data.dev
-    assert small == glue.subsample(data, 10, seed=3)
-    assert small != glue.subsample(data, 10, seed=4)
+    assert small == tasks.subsample(data, 10, seed=3)
+    assert small != tasks.subsample(data, 10, seed=4)
     pairs = set(zip(data.train.texts, data.train.labels, strict=True))
     assert set(zip(small.train.texts, small.train.labels, strict=True)) <= pairs
-    assert glue.subsample(data, None, 0) is data
-    assert glue.subsample(data, 500, 0) is data
+    assert tasks.subsample(data, None, 0) is data
+    assert tasks.subsample(data, 500, 0) is data
 
 
 class TestHub:
     def test_without_datasets(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", None)
         with pytest.raises(UsageError, match=r"pip install 'pybsp\[hub\]'"):
-            glue.load("sst2", None)
+            tasks.load("sst2", None)
 
     def test_a_sample_is_not_on_the_hub(self):
         with pytest.raises(UsageError, match="--data"):
-            glue.load("mnli_subset", None)
+            tasks.load("mnli_subset", None)
 
     def test_offline(self, monkeypatch):
         def load_dataset(*_):
@@ -116,7 +116,7 @@ class TestHub:
         fake = types.SimpleNamespace(load_dataset=load_dataset)
         monkeypatch.setitem(sys.modules, "datasets", fake)
         with pytest.raises(WorkError, match=r"could not be fetched .*--data"):
-            glue.load("sst2", None)
+            tasks.load("sst2", None)
 
     def test_rows(self, monkeypatch):
         rows = [{"sentence": "a", "label": 1, "idx": 0}]
@@ -124,6 +124,6 @@ class TestHub:
             load_dataset=lambda *_: {"train": rows, "validation": rows}
         )
         monkeypatch.setitem(sys.modules, "datasets", fake)
-        data = glue.load("sst2", None)
+        data = tasks.load("sst2", None)
         assert data.train.texts == [("a",)]
         assert data.dev.labels == [1]
