@@ -136,8 +136,8 @@ class Experiment:
                 **self.distillation(dense),
                 restart_learning_rate=self.recipe.schedule == "restart",
             )
-            if self.recipe.one_shot:
-                model = self.one_shot(model, tokenizer, features)
+            if self.recipe.reconstruct:
+                model = self.reconstructed(model, tokenizer, features)
             if not self.recipe.dropout:
                 turn_off_dropout(model)
             torch.manual_seed(self.recipe.seed)
@@ -234,11 +234,11 @@ class Experiment:
             ),
         }
 
-    def one_shot(
+    def reconstructed(
         self, model: PreTrainedModel, tokenizer: Any, features: Features
     ) -> PreTrainedModel:
         """The model cut by reconstruction, and what it is worth before any training."""
-        folder = self.workspace.folder / "one_shot"
+        folder = self.workspace.folder / "reconstructed"
 
         def work() -> dict[str, Any]:
             pruner = BlockPruner(model, self.config, total_steps=1000)
@@ -249,7 +249,7 @@ class Experiment:
             texts = [texts[row] for row in by_length(texts)]
             prune_one_shot(model, self.config, batches(texts, tokenizer))
             self.workspace.write_folder(
-                "one_shot",
+                "reconstructed",
                 lambda part: (
                     model.save_pretrained(part),
                     tokenizer.save_pretrained(part),

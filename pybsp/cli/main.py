@@ -31,6 +31,7 @@ from .errors import (
 COMMANDS = {
     "quickstart": "prune a small transformer on built-in text and see what changes",
     "prune": "fine-tune, prune, retrain and pack a model on a task",
+    "glue": "prune on several tasks, ways and seeds, and compare what comes of it",
     "pack": "pack a checkpoint whose weights hold blocks of zeros",
     "bench": "time a packed model against the dense one on this CPU",
     "check": "verify a pruned model and explain its speed on this CPU",

@@ -11,12 +11,15 @@ from . import tasks
 from .errors import UsageError
 from .main import Result
 from .prune_options import add_arguments
+from .recipe import RECIPES, Recipe, Subject
 
 if TYPE_CHECKING:
     from ..pruning import BlockPruningConfig
-    from .recipe import Recipe, Subject
 
 __all__ = ["add_arguments", "run"]
+
+#: Of the rows that --max-train-samples draws, the same for every --seed.
+SAMPLE_SEED = 0
 
 #: Options that say where to write and how fast to run, not what comes out.
 NOT_RESULTS = (
@@ -32,17 +35,21 @@ NOT_RESULTS = (
     "version",
 )
 
+#: Options that say how blocks are found and removed step by step.
+IN_THE_COURSE = (
+    "method", "penalty", "ramp", "ranking", "reg_lambda", "phases", "saliency",
+)  # fmt: skip
+
 
 def run(arguments: argparse.Namespace) -> Result:
     config = pruning_config(arguments)
-    check_one_shot(arguments, config)
     options = run_options(arguments, config)
     out = arguments.out or default_out(arguments, config)
 
     from .workspace import Workspace, finished_results
 
     data = tasks.load(arguments.task, arguments.data)
-    data = tasks.subsample(data, arguments.max_train_samples, arguments.seed)
+    data = tasks.subsample(data, arguments.max_train_samples, SAMPLE_SEED)
     finished = finished_results(out, options, resume=arguments.resume)
     if finished is None:
         subject = find_subject(arguments)
@@ -76,6 +83,8 @@ def pruning_config(arguments: argparse.Namespace) -> BlockPruningConfig:
     """The configuration that the options describe."""
     from ..pruning import BlockPruningConfig
 
+    check_recipe(arguments)
+
     named = (
         "method", "penalty", "scope", "ramp", "ranking", "reg_lambda", "phases",
         "max_layer_sparsity", "block_shape", "saliency",
@@ -86,55 +95,47 @@ def pruning_config(arguments: argparse.Namespace) -> BlockPruningConfig:
         if getattr(arguments, name) is not None
     }
     chosen["target_sparsity"] = arguments.sparsity
+    defaults = RECIPES[arguments.recipe]
+    make = BlockPruningConfig.paper if defaults.is_paper else BlockPruningConfig
     try:
-        if arguments.paper:
-            return BlockPruningConfig.paper(**chosen)
-        if arguments.one_shot:
-            return BlockPruningConfig(**{**ONE_SHOT, **chosen})
-        return BlockPruningConfig(**{**DEFAULTS, **chosen})
+        return make(**{**defaults.config, **chosen})
     except ValueError as error:
         raise UsageError(str(error)) from None
 
 
-def check_one_shot(arguments: argparse.Namespace, config: BlockPruningConfig) -> None:
-    """``UsageError`` for a cut at the start of a run that is to prune as it goes."""
-    if not arguments.one_shot:
+def check_recipe(arguments: argparse.Namespace) -> None:
+    """``UsageError`` for options of a run that prunes as it goes, in one that does
+    not."""
+    if not RECIPES[arguments.recipe].reconstruct:
         return
-    if arguments.paper:
-        raise UsageError("--one-shot and --paper are two ways to prune: choose one")
-    if config.phases[0] or config.phases[1]:
-        raise UsageError(
-            "--one-shot cuts before the first step; leave --phases out, or give 0,0,1"
-        )
-
-
-#: What differs from the library's defaults: these do better in a few epochs.
-DEFAULTS: dict[str, Any] = {"ramp": "cubic", "phases": (0.0, 0.4, 0.6)}
-
-#: What follows a cut by reconstruction: training on the kept blocks alone.
-ONE_SHOT: dict[str, Any] = {
-    "method": "magnitude",
-    "phases": (0.0, 0.0, 1.0),
-    "packed_retraining": True,
-}
+    for name in IN_THE_COURSE:
+        if getattr(arguments, name) is not None:
+            raise UsageError(
+                f"--{name.removeprefix('reg_')} is for pruning in the course of a run, "
+                "and the recipe 'reconstruct' cuts before it; add --recipe ramp"
+            )
 
 
 def recipe(arguments: argparse.Namespace) -> Recipe:
-    from .recipe import Recipe
+    defaults = RECIPES[arguments.recipe]
+
+    def given(name: str) -> Any:
+        value = getattr(arguments, name)
+        return getattr(defaults, name) if value is None else value
 
     return Recipe(
         epochs_dense=arguments.epochs_dense,
         epochs=arguments.epochs,
         dense_learning_rate=arguments.lr,
-        learning_rate=arguments.prune_lr or 2 * arguments.lr,
+        learning_rate=arguments.prune_lr or defaults.learning_rate * arguments.lr,
         batch_size=arguments.batch_size,
         max_length=arguments.max_length,
         seed=arguments.seed,
-        distill=arguments.distill,
-        distill_hidden=arguments.distill_hidden,
-        one_shot=arguments.one_shot,
-        dropout=not arguments.no_dropout,
-        schedule=arguments.schedule or ("restart" if arguments.paper else "hold"),
+        distill=given("distill"),
+        distill_hidden=given("distill_hidden"),
+        reconstruct=defaults.reconstruct,
+        dropout=given("dropout"),
+        schedule=given("schedule"),
         seconds=arguments.seconds,
         onnx=not arguments.no_onnx,
     )
@@ -143,7 +144,6 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
 def find_subject(arguments: argparse.Namespace) -> Subject:
     """The model that the options name, checked as far as that costs nothing."""
     from . import models
-    from .recipe import Subject
 
     dense = arguments.dense_checkpoint
     if dense is not None and not (dense / "config.json").is_file():

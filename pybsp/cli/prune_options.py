@@ -16,6 +16,7 @@ from .arguments import (
     positive_number,
     share,
 )
+from .recipe import RECIPES
 from .tasks import TASKS
 
 
@@ -77,19 +78,17 @@ def add_method(group: Any) -> None:
         type=block_shape,
         metavar="OUT,IN",
         help="rows and columns of a block, such as 8,1 or 16,4 or 1,in/8 (default: "
-        "8,1; 1,in/8 with --paper)",
+        "8,1; 1,in/8 in the recipe 'paper')",
     )
     group.add_argument(
-        "--paper",
-        action="store_true",
-        help="the published form of the method (Li et al. 2020) in place of the "
-        "defaults below; options given here still count",
-    )
-    group.add_argument(
-        "--one-shot",
-        action="store_true",
-        help="cut the dense model first, fitting the kept blocks to its hidden states, "
-        "and spend the whole run on training those",
+        "--recipe",
+        choices=tuple(RECIPES),
+        default="reconstruct",
+        help="'reconstruct': cut the dense model first, fitting the kept blocks to its "
+        "hidden states, and spend the whole run on training those; 'ramp': penalise "
+        "and remove blocks bit by bit, then retrain; 'paper': the published form (Li "
+        "et al. 2020). It sets the options below, unless they are given (default: "
+        "%(default)s)",
     )
     for name, text in (
         ("method", "penalty on block norms"),
@@ -122,18 +121,16 @@ def add_method(group: Any) -> None:
     group.add_argument(
         "--distill",
         type=share,
-        default=0.5,
         metavar="W",
         help="weight of the dense model's logits in the loss while pruning; the labels "
-        "have the rest (default: %(default)s)",
+        "have the rest (default: 0.5; 0 in the recipe 'paper')",
     )
     group.add_argument(
         "--distill-hidden",
         type=nonnegative_number,
-        default=0.0,
         metavar="H",
-        help="weight of the dense model's hidden states in the loss (default: "
-        "%(default)s)",
+        help="weight of the dense model's hidden states in the loss (default: 1 in the "
+        "recipe 'reconstruct', else 0)",
     )
 
 
@@ -163,18 +160,21 @@ def add_training(group: Any) -> None:
         "--prune-lr",
         type=positive_number,
         metavar="X",
-        help="peak learning rate of the pruning run (default: twice --lr)",
+        help="peak learning rate of the pruning run (default: --lr times 5 in the "
+        "recipe 'reconstruct', else twice --lr)",
     )
     group.add_argument(
         "--schedule",
         choices=("hold", "restart"),
         help="learning rate while pruning: held up to the cut and then falling, or "
-        "falling once before and once after it (default: hold; restart with --paper)",
+        "falling once before and once after it (default: hold; restart in the recipe "
+        "'paper')",
     )
     group.add_argument(
-        "--no-dropout",
-        action="store_true",
-        help="train without dropout while pruning; steps are faster too",
+        "--dropout",
+        action=argparse.BooleanOptionalAction,
+        help="train with dropout while pruning; steps without it are faster "
+        "(default: off in the recipe 'reconstruct', else on)",
     )
     group.add_argument(
         "--batch-size",
@@ -194,14 +194,14 @@ def add_training(group: Any) -> None:
         "--max-train-samples",
         type=positive_int,
         metavar="N",
-        help="train on N rows drawn at random (default: all)",
+        help="train on N rows, always the same (default: all)",
     )
     group.add_argument(
         "--seed",
         type=int,
         default=0,
         metavar="N",
-        help="of the data order, the sample and the new head (default: %(default)s)",
+        help="of the data order and the new head (default: %(default)s)",
     )
     group.add_argument(
         "--threads",

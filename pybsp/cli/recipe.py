@@ -2,10 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What ``pybsp prune`` does where no option says otherwise: the fields of
+    ``BlockPruningConfig`` in ``config``, those of ``Recipe`` beside it.
+
+    ``learning_rate`` is in units of the dense run's.
+    """
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    is_paper: bool = False
+    reconstruct: bool = False
+    learning_rate: float = 2.0
+    distill: float = 0.5
+    distill_hidden: float = 0.0
+    dropout: bool = True
+    schedule: str = "hold"
+
+
+RECIPES = {
+    "reconstruct": Defaults(
+        {"method": "magnitude", "phases": (0.0, 0.0, 1.0), "packed_retraining": True},
+        reconstruct=True,
+        learning_rate=5.0,
+        distill_hidden=1.0,
+        dropout=False,
+    ),
+    "ramp": Defaults(
+        {
+            "penalty": "proximal",
+            "reg_lambda": "auto",
+            "ramp": "cubic",
+            "phases": (0.0, 0.4, 0.6),
+        }
+    ),
+    "paper": Defaults(is_paper=True, distill=0.0, schedule="restart"),
+}
 
 
 @dataclass(frozen=True)
@@ -13,8 +51,8 @@ class Recipe:
     """How the two runs train and what is measured; the same optimizer for both.
 
     ``distill`` is the weight of the dense model's logits in the loss of the pruning
-    run, ``distill_hidden`` that of its hidden states. With ``one_shot`` the dense model
-    is cut by reconstruction first, on ``calibration`` training texts, and the run
+    run, ``distill_hidden`` that of its hidden states. With ``reconstruct`` the dense
+    model is cut by reconstruction first, on ``calibration`` training texts, and the run
     trains what is left. ``dropout`` is that of the model, or none while pruning.
     ``schedule`` of the learning rate there: ``"hold"`` keeps it up to the cut and then
     lets it fall to zero, ``"restart"`` plays the fall once up to the cut and once after
@@ -31,7 +69,7 @@ class Recipe:
     seed: int
     distill: float
     distill_hidden: float = 0.0
-    one_shot: bool = False
+    reconstruct: bool = False
     dropout: bool = True
     calibration: int = 2048
     schedule: str = "hold"

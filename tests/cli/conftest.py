@@ -86,27 +86,11 @@ def cli(capsys: pytest.CaptureFixture[str]):
 
 
 def prune_arguments(model: Path, data: Path, out: Path, *more: object) -> list[str]:
-    options = [
-        "prune",
-        "--model",
-        model,
-        "--task",
-        "sst2",
-        "--data",
-        data,
-        "--out",
-        out,
-    ]
-    options += [
-        "--epochs-dense",
-        "1",
-        "--epochs",
-        "2",
-        "--lr",
-        "1e-3",
-        "--threads",
-        "1",
-    ]
+    options: list[object] = [
+        "prune", "--model", model, "--task", "sst2", "--data", data, "--out", out,
+        "--recipe", "ramp", "--epochs-dense", "1", "--epochs", "2", "--lr", "1e-3",
+        "--threads", "1",
+    ]  # fmt: skip
     options += ["--seconds", "0.1", "--no-onnx"]
     return [str(option) for option in (*options, *more)]
 

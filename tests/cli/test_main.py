@@ -19,11 +19,11 @@ def test_help_names_every_command(cli):
     ("command", "options"),
     [
         ("prune",
-         "--model --task --data --out --sparsity --block-shape --paper --lambda "
+         "--model --task --data --out --sparsity --block-shape --recipe --lambda "
          "--method --epochs-dense --epochs --lr --batch-size --max-length --seed "
          "--max-train-samples --threads --dense-checkpoint --save-dense --resume "
-         "--distill --distill-hidden --one-shot --saliency --schedule --seconds "
-         "--no-dropout --json"),
+         "--distill --distill-hidden --saliency --schedule --seconds "
+         "--dropout --no-dropout --json"),
         ("quickstart", "--out --from-scratch --seed --threads --json"),
         ("bench", "DIR --batch --seq --ragged --threads --no-onnx --json"),
         ("check", "DIR --tokens --json"),

@@ -110,8 +110,7 @@ def test_json_from_a_dense_checkpoint(cli, pruned, model, data, tmp_path):
     dense = pruned.parent / "dense"
     run = cli(*prune_arguments(
         model, data, tmp_path / "out", "--dense-checkpoint", dense, "--json",
-        "--sparsity", "0.5", "--block-shape", "1,in/8", "--paper", "--distill", "0",
-        "--max-train-samples", "32",
+        "--sparsity", "0.5", "--recipe", "paper", "--max-train-samples", "32",
     ))  # fmt: skip
     assert run.status == 0
     assert run.data == json.loads((tmp_path / "out" / "results.json").read_text())
@@ -126,8 +125,8 @@ def test_json_from_a_dense_checkpoint(cli, pruned, model, data, tmp_path):
 def test_a_cut_before_training_keeps_its_blocks(cli, pruned, model, data, tmp_path):
     dense = pruned.parent / "dense"
     arguments = prune_arguments(
-        model, data, tmp_path / "out", "--dense-checkpoint", dense, "--one-shot",
-        "--distill-hidden", "1", "--no-dropout", "--json",
+        model, data, tmp_path / "out", "--dense-checkpoint", dense, "--json",
+        "--recipe", "reconstruct",
     )  # fmt: skip
     run = cli(*arguments)
     assert run.status == 0, run.stderr
@@ -164,24 +163,55 @@ def test_as_a_program_with_a_regression(model, tmp_path):
     assert (out / "results.json").is_file()
 
 
+def kept_weights(folder):
+    """Name -> where the weights of a saved model's encoder are not zero."""
+    tensors = load_file(folder / "model.safetensors")
+    found = {
+        name: tensor != 0
+        for name, tensor in tensors.items()
+        if "encoder" in name and tensor.dim() == 2
+    }
+    assert found
+    return found
+
+
+@pytest.fixture(scope="module")
+def masks(pruned, model, data, tmp_path_factory):
+    """Recipe -> kept weights of a run that was never stopped."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert main(prune_arguments(model, data, out, "--recipe", "reconstruct")) == 0
+    return {"ramp": kept_weights(pruned), "reconstruct": kept_weights(out)}
+
+
 class TestResume:
     def interrupt(self, monkeypatch, title, step):
-        original = training.ProgressBar.on_step_end
+        """Stop after ``step``; 0 is before the first."""
+        method = "on_step_end" if step else "on_train_begin"
+        original = getattr(training.ProgressBar, method)
 
-        def on_step_end(bar, *event, **details):
+        def stop(bar, *event, **details):
             original(bar, *event, **details)
             if bar.title.startswith(title) and event[1].global_step == step:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(training.ProgressBar, "on_step_end", on_step_end)
+        monkeypatch.setattr(training.ProgressBar, method, stop)
 
     @pytest.mark.parametrize(
-        ("title", "step"), [("fine-tuning", 5), ("pruning", 4), ("pruning", 11)]
+        ("recipe", "title", "step"),
+        [
+            ("ramp", "fine-tuning", 5),
+            ("ramp", "pruning", 4),
+            ("ramp", "pruning", 11),
+            ("reconstruct", "pruning", 0),
+            ("reconstruct", "pruning", 4),
+        ],
     )
-    def test_a_stopped_run_continues(
-        self, cli, model, data, tmp_path, monkeypatch, title, step
+    def test_a_stopped_run_continues_to_the_same_masks(
+        self, cli, model, data, masks, tmp_path, monkeypatch, recipe, title, step
     ):
-        arguments = prune_arguments(model, data, tmp_path / "out")
+        arguments = prune_arguments(
+            model, data, tmp_path / "out", "--recipe", recipe
+        )  # fmt: skip
         with monkeypatch.context() as patch:
             self.interrupt(patch, title, step)
             stopped = cli(*arguments)
@@ -198,6 +228,8 @@ class TestResume:
         again = cli(*arguments, "--resume", "--json")
         assert again.data == resumed.data
         assert "finished already" in again.stderr
+        for name, kept in kept_weights(tmp_path / "out").items():
+            assert torch.equal(kept, masks[recipe][name]), name
 
     def test_finished_stages_are_not_repeated(
         self, cli, model, data, tmp_path, monkeypatch
@@ -253,8 +285,8 @@ class TestErrors:
             ("must be a whole number", ["--batch-size", "2.5"]),
             ("must lie between 0 and 1", ["--distill", "2"]),
             ("must be a number >= 0", ["--distill-hidden", "-1"]),
-            ("two ways to prune", ["--one-shot", "--paper"]),
-            ("leave --phases out", ["--one-shot", "--phases", "0,0.5,0.5"]),
+            ("cuts before it", ["--recipe", "reconstruct", "--phases", "0,0.5,0.5"]),
+            ("add --recipe ramp", ["--recipe", "reconstruct", "--ramp", "cubic"]),
             ("must be 'auto' or at least 0", ["--lambda", "much"]),
             ("invalid choice", ["--method", "magic"]),
             ("is not a directory", ["--model", "./nowhere"]),

@@ -1,0 +1,246 @@
+"""Many prunings of one model: which, in which order, and what came of them.
+
+Each is a process of its own, ``pybsp prune``, so that one that fails takes no other
+along, and a study that was stopped goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from .workspace import RESULTS, read_json
+
+#: Name -> options of ``pybsp prune``.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "reconstruct": (),
+    "norm-cut": (
+        "--recipe", "ramp", "--method", "magnitude", "--ramp", "one_shot", "--phases",
+        "0,0,1", "--distill-hidden", "1", "--no-dropout",
+    ),
+    "taylor": (
+        "--recipe", "ramp", "--method", "magnitude", "--saliency", "taylor",
+        "--distill-hidden", "1", "--no-dropout",
+    ),
+    "movement": (
+        "--recipe", "ramp", "--method", "magnitude", "--saliency", "movement",
+        "--distill-hidden", "1", "--no-dropout",
+    ),
+    "labels-alone": ("--distill", "0", "--distill-hidden", "0"),
+    "logits-alone": ("--distill-hidden", "0"),
+    "dropout": ("--dropout",),
+    "per-layer": ("--scope", "layer"),
+    "reweighted": ("--recipe", "ramp"),
+    "fixed": ("--recipe", "ramp", "--method", "group_lasso"),
+    "no-penalty": ("--recipe", "ramp", "--method", "magnitude"),
+    "paper": ("--recipe", "paper"),
+}  # fmt: skip
+
+#: Name -> variants and block shapes that are compared with each other.
+ABLATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "block-size": (("reconstruct",), ("8,1", "16,1", "16,4", "32,32", "1,in/8")),
+    "structure": (("reconstruct",), ("8,1", "1,1", "1,in", "out,1")),
+    "penalty": (("reweighted", "fixed", "no-penalty"), ("8,1",)),
+    "recipe": (
+        ("reconstruct", "norm-cut", "taylor", "logits-alone", "labels-alone", "dropout",
+         "per-layer", "reweighted", "paper"),
+        ("8,1",),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pruning of a study."""
+
+    task: str
+    variant: str
+    sparsity: float
+    block: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        block = self.block.replace(",", "x").replace("/", "over")
+        return (
+            f"{self.task}-{self.variant}-{100 * self.sparsity:g}-{block}"
+            f"-seed{self.seed}"
+        )
+
+    @property
+    def dense(self) -> str:
+        """Name of the fine-tuned model that it starts from."""
+        return f"{self.task}-seed{self.seed}"
+
+    def options(self) -> list[str]:
+        return [
+            "--task", self.task, "--sparsity", f"{self.sparsity:g}",
+            "--block-shape", self.block, "--seed", str(self.seed),
+            *VARIANTS[self.variant],
+        ]  # fmt: skip
+
+
+def cells(
+    tasks: Sequence[str],
+    variants: Sequence[str],
+    sparsities: Sequence[float],
+    blocks: Sequence[str],
+    seeds: Sequence[int],
+) -> list[Cell]:
+    """All combinations: every task once before the next setting, and every setting
+    once before the next seed, so that an unfinished study already compares."""
+    return [
+        Cell(task, variant, sparsity, block, seed)
+        for seed, sparsity, block, variant, task in itertools.product(
+            seeds, sparsities, blocks, variants, tasks
+        )
+    ]
+
+
+class Runner:
+    """Prunes the cells of a study in ``folder``, ``jobs`` at a time.
+
+    ``command(cell)`` is the command line of one, as after ``pybsp``.
+    """
+
+    def __init__(
+        self, folder: Path, command: Callable[[Cell], list[str]], jobs: int
+    ) -> None:
+        self.folder = folder
+        self.command = command
+        self.jobs = jobs
+        self._running: dict[Cell, subprocess.Popen[bytes]] = {}
+        self._started: dict[Cell, float] = {}
+
+    def out(self, cell: Cell) -> Path:
+        return self.folder / "runs" / cell.name
+
+    def dense(self, cell: Cell) -> Path:
+        return self.folder / "dense" / cell.dense
+
+    def log(self, cell: Cell) -> Path:
+        return self.folder / "logs" / f"{cell.name}.log"
+
+    def run(self, todo: Iterable[Cell]) -> Iterator[tuple[Cell, int, float]]:
+        """Yields each cell when it is done, with its exit status and seconds."""
+        waiting = list(todo)
+        try:
+            while waiting or self._running:
+                for cell in list(waiting):
+                    if len(self._running) < self.jobs and self._may_start(cell):
+                        waiting.remove(cell)
+                        self._start(cell)
+                yield from self._done()
+                time.sleep(0.2)
+        finally:
+            self._stop()
+
+    def _may_start(self, cell: Cell) -> bool:
+        """Whether its dense model is there, or nothing is making it."""
+        return self.dense(cell).exists() or all(
+            other.dense != cell.dense for other in self._running
+        )
+
+    def _start(self, cell: Cell) -> None:
+        dense = self.dense(cell)
+        option = "--dense-checkpoint" if dense.exists() else "--save-dense"
+        line = [
+            *self.command(cell), option, str(dense), "--out", str(self.out(cell)),
+            "--resume", "--json",
+        ]  # fmt: skip
+        log = self.log(cell)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            self._running[cell] = _program(line, file)
+        self._started[cell] = time.monotonic()
+
+    def _done(self) -> Iterator[tuple[Cell, int, float]]:
+        for cell, process in list(self._running.items()):
+            status = process.poll()
+            if status is not None:
+                del self._running[cell]
+                yield cell, status, time.monotonic() - self._started[cell]
+
+    def _stop(self) -> None:
+        for process in self._running.values():
+            process.terminate()  # what it has done so far is on disk
+            process.wait()
+
+
+def _program(line: Sequence[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "pybsp.cli.main", *line]
+    # Pages that come and go with every step cost a tenth of it.
+    kept = {
+        "MALLOC_MMAP_THRESHOLD_": "2000000000",
+        "MALLOC_TRIM_THRESHOLD_": "4000000000",
+    }
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
+        env={**kept, **os.environ},
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def keep_results(cell: Cell, runner: Runner, places: Mapping[str, Path]) -> str:
+    """The text of ``results.json`` of a cell that is done, with words for folders."""
+    text = (runner.out(cell) / RESULTS).read_text(encoding="utf-8")
+    for word, place in places.items():
+        text = text.replace(str(place), word)
+    return text
+
+
+def score(scores: Mapping[str, float]) -> float:
+    """One number for a task, in percent: the mean of its metrics, as GLUE counts."""
+    return 100 * statistics.fmean(scores.values())
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a setting gave on a task, over the seeds."""
+
+    dense: list[float]
+    final: list[float]
+
+    @property
+    def change(self) -> float:
+        return statistics.fmean(self.final) - statistics.fmean(self.dense)
+
+    def text(self) -> str:
+        """Mean and, of several seeds, standard deviation; the change in brackets."""
+        spread = ""
+        if len(self.final) > 1:
+            spread = f" +- {statistics.stdev(self.final):.1f}"
+        return f"{statistics.fmean(self.final):.1f}{spread} ({self.change:+.1f})"
+
+
+Setting = tuple[str, float, str]
+
+
+def summaries(
+    folder: Path, wanted: Iterable[Cell]
+) -> dict[Setting, dict[str, Summary]]:
+    """Setting -> task -> scores, of the cells whose results lie in ``folder``."""
+    found: dict[Setting, dict[str, Summary]] = {}
+    for cell in wanted:
+        file = folder / f"{cell.name}.json"
+        if not file.is_file():
+            continue
+        scores = read_json(file)["scores"]
+        tasks = found.setdefault((cell.variant, cell.sparsity, cell.block), {})
+        summary = tasks.setdefault(cell.task, Summary([], []))
+        summary.dense.append(score(scores["dense"]))
+        summary.final.append(score(scores["packed"]))
+    return found
+
+
+def mean_change(tasks: Mapping[str, Summary]) -> float:
+    """Mean over tasks of what pruning changed."""
+    return statistics.fmean(summary.change for summary in tasks.values())
