@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import Sampler
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 from transformers import (
     DataCollatorWithPadding,
@@ -29,6 +31,8 @@ from .tasks import Split
 
 Features: TypeAlias = list[dict[str, Any]]
 TRAINER_STATE = "trainer_state.json"
+#: Batches whose examples are sorted by length together.
+BATCHES_SORTED = 50
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,56 @@ def batches(
         )
 
 
+class LikeLengths(Sampler[int]):
+    """Examples in random order, but for this: every batch holds examples of like
+    length, so that little is padding.
+
+    The order of the batches is random too. That of the Trainer's own sampler is not: it
+    goes from long examples to short ones, fifty batches at a time, and where length
+    tells of the label that costs accuracy.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        chance = random.Random(f"{self.seed}, epoch {self.epoch}")
+        order = chance.sample(range(len(self.lengths)), len(self.lengths))
+        found = []
+        for group in _pieces(order, self.batch_size * BATCHES_SORTED):
+            group.sort(key=self.lengths.__getitem__)
+            found += _pieces(group, self.batch_size)
+        # the loader cuts at multiples of the batch size: what is short comes last
+        rest = [found.pop()] if len(found[-1]) < self.batch_size else []
+        chance.shuffle(found)
+        for batch in found + rest:
+            yield from batch
+
+
+def _pieces(whole: list[int], size: int) -> list[list[int]]:
+    return [whole[start : start + size] for start in range(0, len(whole), size)]
+
+
+class LengthTrainer(Trainer):
+    """A Trainer whose batches are those of ``LikeLengths``."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LikeLengths:
+        features = self.train_dataset if train_dataset is None else train_dataset
+        return LikeLengths(
+            [len(example["input_ids"]) for example in features],
+            self.args.train_batch_size, self.args.data_seed,
+        )  # fmt: skip
+
+
 def fit(
     model: PreTrainedModel,
     features: Features,
@@ -168,7 +222,6 @@ def fit(
         learning_rate=settings.learning_rate,
         weight_decay=0.01,
         warmup_steps=settings.warmup,
-        train_sampling_strategy="group_by_length",
         logging_steps=20,
         save_strategy="steps" if settings.checkpoints else "no",
         save_steps=1 / (settings.checkpoints + 1),
@@ -181,7 +234,7 @@ def fit(
         remove_unused_columns=False,
         **_schedule(settings, len(features)),
     )
-    trainer = Trainer(
+    trainer = LengthTrainer(
         model=model,
         args=arguments,
         train_dataset=features,  # type: ignore[arg-type, unused-ignore]

@@ -1,4 +1,6 @@
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -59,10 +61,56 @@ def test_fit_trains_quietly_and_again_from_its_checkpoint(
     assert captured.out == ""
     assert "a title" in captured.err
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+    middle, newest = sorted(
+        tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
+    )
+    shutil.rmtree(newest)
+    steps = json.loads((middle / training.TRAINER_STATE).read_text())["global_step"]
+    assert steps % math.ceil(len(features) / 16) != 0, "in the midst of an epoch"
     again, _ = load_classifier(str(model), 2)
     training.fit(again, features, tokenizer, settings, tmp_path)
     for name, value in again.state_dict().items():
         torch.testing.assert_close(value, after[name], msg=name)
+
+
+@pytest.mark.parametrize("count", [1, 7, 32, 1003])
+def test_batches_hold_like_lengths_in_random_order(count):
+    lengths = np.random.default_rng(count).integers(3, 60, count).tolist()
+    sampler = training.LikeLengths(lengths, 4, seed=1)
+    assert len(sampler) == count
+    first = list(sampler)
+    assert sorted(first) == list(range(count))
+    assert first == list(sampler), "the same when an epoch is resumed"
+    if count < 32:
+        return
+    whole = [first[start : start + 4] for start in range(0, count - count % 4, 4)]
+    padding = [4 * max(lengths[i] for i in batch) - sum(lengths[i] for i in batch)
+               for batch in whole]  # fmt: skip
+    assert sum(padding) < 0.15 * sum(lengths) + 60
+    longest = np.array([max(lengths[i] for i in batch) for batch in whole])
+    rises = (np.diff(longest) > 0).mean()
+    assert 0.25 < rises < 0.75, "neither from long to short nor the other way"
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert list(training.LikeLengths(lengths, 4, seed=2)) != first
+
+
+def test_every_epoch_has_an_order_of_its_own(model, features, monkeypatch, tmp_path):
+    network, tokenizer = load_classifier(str(model), 2)
+    seen = []
+    original = training.LikeLengths.__iter__
+
+    def watch(sampler):
+        order = list(original(sampler))
+        seen.append(order)
+        return iter(order)
+
+    monkeypatch.setattr(training.LikeLengths, "__iter__", watch)
+    settings = training.Fit(2, 1e-3, 16, seed=0, checkpoints=0)
+    training.fit(network, features, tokenizer, settings, tmp_path)
+    assert len(seen) == 2
+    assert seen[0] != seen[1]
+    assert sorted(seen[0]) == sorted(seen[1])
 
 
 def test_a_checkpoint_that_was_cut_off_is_removed(tmp_path):
