@@ -274,6 +274,7 @@ class Experiment:
             seed=recipe.seed,
             stable=0.0 if is_dense else self.held(),
             checkpoints=recipe.checkpoints,
+            bfloat16=is_dense and recipe.bfloat16,
             title="fine-tuning the dense model"
             if is_dense
             else "pruning and retraining",

@@ -135,6 +135,7 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
         distill_hidden=given("distill_hidden"),
         reconstruct=defaults.reconstruct,
         dropout=given("dropout"),
+        bfloat16=arguments.bf16,
         schedule=given("schedule"),
         seconds=arguments.seconds,
         onnx=not arguments.no_onnx,

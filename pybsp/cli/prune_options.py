@@ -177,6 +177,12 @@ def add_training(group: Any) -> None:
         "(default: off in the recipe 'reconstruct', else on)",
     )
     group.add_argument(
+        "--bf16",
+        action="store_true",
+        help="fine-tune the dense model in mixed precision with bfloat16: faster where "
+        "the CPU multiplies it (AMX, AVX512-BF16)",
+    )
+    group.add_argument(
         "--batch-size",
         type=positive_int,
         default=16,

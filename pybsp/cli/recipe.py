@@ -54,6 +54,7 @@ class Recipe:
     run, ``distill_hidden`` that of its hidden states. With ``reconstruct`` the dense
     model is cut by reconstruction first, on ``calibration`` training texts, and the run
     trains what is left. ``dropout`` is that of the model, or none while pruning.
+    ``bfloat16`` takes the products of the dense run in that type.
     ``schedule`` of the learning rate there: ``"hold"`` keeps it up to the cut and then
     lets it fall to zero, ``"restart"`` plays the fall once up to the cut and once after
     it, as two separate runs would. ``checkpoints`` are written per run, for resuming;
@@ -71,6 +72,7 @@ class Recipe:
     distill_hidden: float = 0.0
     reconstruct: bool = False
     dropout: bool = True
+    bfloat16: bool = False
     calibration: int = 2048
     schedule: str = "hold"
     checkpoints: int = 6

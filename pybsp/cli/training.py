@@ -40,7 +40,8 @@ class Fit:
     """One Trainer run: its length, learning rate and bookkeeping.
 
     ``stable`` is the fraction of the run that keeps the full learning rate before it
-    falls to zero; 0 is the usual linear decay.
+    falls to zero; 0 is the usual linear decay. With ``bfloat16`` the products are taken
+    in it and everything else stays float32 (automatic mixed precision).
     """
 
     epochs: float
@@ -50,6 +51,7 @@ class Fit:
     stable: float = 0.0
     warmup: float = 0.06
     checkpoints: int = 6
+    bfloat16: bool = False
     title: str = "training"
 
 
@@ -226,6 +228,8 @@ def fit(
         save_strategy="steps" if settings.checkpoints else "no",
         save_steps=1 / (settings.checkpoints + 1),
         save_total_limit=2,
+        bf16=settings.bfloat16,
+        use_cpu=settings.bfloat16 and not torch.cuda.is_available(),
         seed=settings.seed,
         data_seed=settings.seed,
         report_to="none",

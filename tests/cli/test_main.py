@@ -23,7 +23,7 @@ def test_help_names_every_command(cli):
          "--method --epochs-dense --epochs --lr --batch-size --max-length --seed "
          "--max-train-samples --threads --dense-checkpoint --save-dense --resume "
          "--distill --distill-hidden --saliency --schedule --seconds "
-         "--dropout --no-dropout --json"),
+         "--dropout --no-dropout --bf16 --json"),
         ("quickstart", "--out --from-scratch --seed --threads --json"),
         ("bench", "DIR --batch --seq --ragged --threads --no-onnx --json"),
         ("check", "DIR --tokens --json"),

@@ -152,8 +152,7 @@ def test_as_a_program_with_a_regression(model, tmp_path):
     command = [
         sys.executable, "-m", "pybsp.cli.main", "prune", "--model", str(model),
         "--task", "stsb", "--data", "data", "--epochs-dense", "1", "--epochs", "2",
-        "--threads", "1", "--seconds", "0.1", "--no-onnx",
-        "--json",
+        "--threads", "1", "--seconds", "0.1", "--no-onnx", "--bf16", "--json",
     ]  # fmt: skip
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
