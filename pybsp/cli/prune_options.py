@@ -93,7 +93,7 @@ def add_method(group: Any) -> None:
     for name, text in (
         ("method", "penalty on block norms"),
         ("penalty", "how the penalty enters an update"),
-        ("scope", "rank blocks of all layers together, or layer by layer"),
+        ("scope", "rank blocks of all layers together, by layer, or by row of blocks"),
         ("ramp", "cut once, or in steps"),
         ("ranking", "scale on which block norms are compared"),
         ("saliency", "what says which blocks matter: norms, or gradients on the way"),

@@ -38,6 +38,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "logits-alone": ("--distill-hidden", "0"),
     "dropout": ("--dropout",),
     "per-layer": ("--scope", "layer"),
+    "balanced": ("--scope", "balanced"),
     "reweighted": ("--recipe", "ramp"),
     "fixed": ("--recipe", "ramp", "--method", "group_lasso"),
     "no-penalty": ("--recipe", "ramp", "--method", "magnitude"),
@@ -48,10 +49,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 ABLATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "block-size": (("reconstruct",), ("8,1", "16,1", "16,4", "32,32", "1,in/8")),
     "structure": (("reconstruct",), ("8,1", "1,1", "1,in", "out,1")),
+    "ranking": (("reconstruct", "per-layer", "balanced"), ("8,1", "1,in/8")),
     "penalty": (("reweighted", "fixed", "no-penalty"), ("8,1",)),
     "recipe": (
         ("reconstruct", "norm-cut", "taylor", "logits-alone", "labels-alone", "dropout",
-         "per-layer", "reweighted", "paper"),
+         "reweighted", "paper"),
         ("8,1",),
     ),
 }  # fmt: skip

@@ -197,11 +197,9 @@ class LengthTrainer(Trainer):
     """A Trainer whose batches are those of ``LikeLengths``."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LikeLengths:
-        features = self.train_dataset if train_dataset is None else train_dataset
-        return LikeLengths(
-            [len(example["input_ids"]) for example in features],
-            self.args.train_batch_size, self.args.data_seed,
-        )  # fmt: skip
+        features: Any = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(example["input_ids"]) for example in features]
+        return LikeLengths(lengths, self.args.train_batch_size, self.args.seed)
 
 
 def fit(

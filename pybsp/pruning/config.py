@@ -12,13 +12,13 @@ from ..blocks import BlockShapeSpec, check_block_shape_spec
 
 Method = Literal["reweighted_group_lasso", "group_lasso", "magnitude"]
 Penalty = Literal["gradient", "decoupled", "proximal"]
-Scope = Literal["global", "layer"]
+Scope = Literal["global", "layer", "balanced"]
 Ranking = Literal["norm", "rms", "relative"]
 Saliency = Literal["magnitude", "taylor", "movement"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("reweighted_group_lasso", "group_lasso", "magnitude"),
-    "scope": ("global", "layer"),
+    "scope": ("global", "layer", "balanced"),
     "penalty": ("gradient", "decoupled", "proximal"),
     "lambda_scaling": ("none", "sqrt_block_size"),
     "ramp": ("one_shot", "cubic"),
@@ -45,7 +45,8 @@ class BlockPruningConfig:
         exclude_modules: names (any run of dotted components) or one regular expression
             to leave out. ``None`` leaves out embeddings and task heads; ``()`` nothing.
         scope: ``"global"`` ranks the blocks of all layers together, ``"layer"`` prunes
-            every layer to the target.
+            every layer to the target, ``"balanced"`` also every row of its blocks, or
+            every column of them where columns hold more blocks.
         max_layer_sparsity: no layer loses more than this fraction of its blocks.
         phases: dense warm-up, regularise, masked retrain: three fractions of the
             total steps that sum to 1, or three numbers of steps (integers).

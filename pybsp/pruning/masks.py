@@ -22,18 +22,27 @@ from .targets import Target
 
 @dataclass(frozen=True)
 class Pool:
-    """Layers whose blocks are ranked together, and the sparsity they reach."""
+    """Layers whose blocks are ranked together, and the sparsity they reach.
+
+    A ``balanced`` pool is one layer, which keeps equally many blocks in every line of
+    its grid: in every row of blocks, or in every column where these are longer.
+    """
 
     targets: tuple[Target, ...]
     sparsity: float
+    balanced: bool = False
 
 
 def pools(targets: Sequence[Target], cfg: BlockPruningConfig) -> list[Pool]:
     """One pool per layer, or one for all layers without a target of their own."""
     single = [
-        Pool((t,), cfg.target_sparsity if t.own_sparsity is None else t.own_sparsity)
+        Pool(
+            (t,),
+            cfg.target_sparsity if t.own_sparsity is None else t.own_sparsity,
+            balanced=cfg.scope == "balanced",
+        )
         for t in targets
-        if cfg.scope == "layer" or t.own_sparsity is not None
+        if cfg.scope != "global" or t.own_sparsity is not None
     ]
     rest = tuple(t for t in targets if cfg.scope == "global" and t.own_sparsity is None)
     return [Pool(rest, cfg.target_sparsity), *single] if rest else single
@@ -108,12 +117,38 @@ def select_masks(
     flat = torch.cat(scores)
     sizes = [t.block_size for t in pool.targets]
     keep = _blocks_to_keep(flat, scores, sizes, level * pool.sparsity)
-    kept = ops.block_mask(flat, max(keep, protected))
+    keep = max(keep, protected)
+    if pool.balanced:
+        return {
+            pool.targets[0].name: balanced_mask(
+                scores[0].view(pool.targets[0].grid), keep
+            )
+        }
+    kept = ops.block_mask(flat, keep)
     parts = torch.split(kept, [score.numel() for score in scores])
     return {
         target.name: part.reshape(target.grid).clone()
         for target, part in zip(pool.targets, parts, strict=True)
     }
+
+
+def balanced_mask(scores: torch.Tensor, keep: int) -> torch.Tensor:
+    """Mask of the ``keep`` best blocks under equal shares of all lines of the grid.
+
+    Lines are the rows of ``scores``, or the columns where these hold more blocks. Where
+    the shares are no whole number, the lines with the best next block keep one more.
+    """
+    rows, columns = scores.shape
+    lines = scores if columns >= rows else scores.T
+    share, more = divmod(keep, lines.shape[0])
+    order = torch.sort(lines, dim=1, descending=True, stable=True).indices
+    kept = torch.zeros_like(lines, dtype=torch.bool)
+    kept.scatter_(1, order[:, :share], True)
+    if more:
+        following = order[:, share : share + 1]
+        chosen = ops.block_mask(lines.gather(1, following).flatten().contiguous(), more)
+        kept.scatter_(1, following, chosen[:, None])
+    return (kept if columns >= rows else kept.T).contiguous()
 
 
 def _protected(blocks: int, max_layer_sparsity: float) -> int:

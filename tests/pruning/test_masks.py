@@ -46,7 +46,7 @@ def removed(masks: dict[str, torch.Tensor]) -> int:
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 1 / 3, 0.5, 0.75, 0.8, 0.9])
-@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("scope", ["global", "layer", "balanced"])
 def test_counts_are_exact(sparsity: float, scope: str) -> None:
     layers = targets((8, 10), (7, 9), (32, 5))
     torch.manual_seed(0)
@@ -59,7 +59,29 @@ def test_counts_are_exact(sparsity: float, scope: str) -> None:
     for layer, norm in zip(layers, norms, strict=True):
         mask = masks[layer.name]
         assert removed({"": mask}) == int(sparsity * mask.numel() + 0.5)
-        assert norm[mask].min() >= norm[~mask].max()
+        if scope == "layer":
+            assert norm[mask].min() >= norm[~mask].max()
+
+
+@pytest.mark.parametrize("grid", [(8, 10), (10, 8), (1, 12), (12, 1), (5, 5), (64, 3)])
+@pytest.mark.parametrize("sparsity", [0.1, 1 / 3, 0.5, 0.8])
+def test_balanced_lines_keep_alike(grid: tuple[int, int], sparsity: float) -> None:
+    layer = targets(grid)[0]
+    torch.manual_seed(grid[0])
+    norms = torch.rand(grid).round(decimals=1)  # with ties
+    settings = {"target_sparsity": sparsity, "max_layer_sparsity": 1.0}
+    mask = masks_of([norms], [layer], scope="balanced", **settings)[layer.name]
+    lines, scores = (mask, norms) if grid[1] >= grid[0] else (mask.T, norms.T)
+    kept = lines.sum(1)
+    assert kept.max() - kept.min() <= 1
+    for line, score in zip(lines, scores, strict=True):
+        if line.any() and not line.all():
+            assert score[line].min() >= score[~line].max()
+    more, fewer = kept == kept.max(), kept == kept.min()
+    if more.any() and (~more).any():
+        share = int(kept.min())
+        following = scores.sort(1, descending=True).values[:, share]
+        assert following[more].min() >= following[fewer].max()
 
 
 def test_global_ranking_removes_the_weakest_anywhere() -> None:
