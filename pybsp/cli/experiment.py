@@ -243,10 +243,7 @@ class Experiment:
         def work() -> dict[str, Any]:
             pruner = BlockPruner(model, self.config, total_steps=1000)
             record_norms(self.workspace, pruner, "fine_tuned")
-            texts = random.Random(self.recipe.seed).sample(
-                features, min(self.recipe.calibration, len(features))
-            )
-            texts = [texts[row] for row in by_length(texts)]
+            texts = self.calibration(features)
             prune_one_shot(model, self.config, batches(texts, tokenizer))
             self.workspace.write_folder(
                 "reconstructed",
@@ -261,6 +258,17 @@ class Experiment:
         cut, _ = load_classifier(str(folder), self.data.task.outputs)
         unpack_(cut)
         return cut  # type: ignore[no-any-return]
+
+    def calibration(self, features: Features) -> Features:
+        """Training examples drawn at random, as many as have the tokens wanted."""
+        texts: Features = []
+        tokens = 0
+        for example in random.Random(self.recipe.seed).sample(features, len(features)):
+            if tokens >= self.recipe.calibration:
+                break
+            texts.append(example)
+            tokens += len(example["input_ids"])
+        return [texts[row] for row in by_length(texts)]
 
     def fit_settings(self, run: str) -> Fit:
         recipe = self.recipe

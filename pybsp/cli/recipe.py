@@ -52,13 +52,13 @@ class Recipe:
 
     ``distill`` is the weight of the dense model's logits in the loss of the pruning
     run, ``distill_hidden`` that of its hidden states. With ``reconstruct`` the dense
-    model is cut by reconstruction first, on ``calibration`` training texts, and the run
-    trains what is left. ``dropout`` is that of the model, or none while pruning.
-    ``bfloat16`` takes the products of the dense run in that type.
-    ``schedule`` of the learning rate there: ``"hold"`` keeps it up to the cut and then
-    lets it fall to zero, ``"restart"`` plays the fall once up to the cut and once after
-    it, as two separate runs would. ``checkpoints`` are written per run, for resuming;
-    ``seconds`` is spent timing.
+    model is cut by reconstruction first, on training texts of ``calibration`` tokens,
+    and the run trains what is left. ``dropout`` is that of the model, or none while
+    pruning; ``bfloat16`` is for products of the dense run. ``schedule`` of the learning
+    rate while pruning: ``"hold"`` keeps it up to the cut and then lets it fall to zero,
+    ``"restart"`` plays the fall once up to the cut and once after it, as two separate
+    runs would. ``checkpoints`` are written per run, for resuming; ``seconds`` is spent
+    timing.
     """
 
     epochs_dense: float
@@ -73,7 +73,7 @@ class Recipe:
     reconstruct: bool = False
     dropout: bool = True
     bfloat16: bool = False
-    calibration: int = 2048
+    calibration: int = 32768
     schedule: str = "hold"
     checkpoints: int = 6
     sequence: int = 128
