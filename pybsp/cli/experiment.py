@@ -52,7 +52,7 @@ HISTOGRAM = "block_norms.png"
 #: Dev examples on which the packed model is compared with the dense one.
 COMPARED = 256
 #: Bytes for the teacher's outputs.
-TEACHER_CACHE = 1 << 30
+TEACHER_CACHE = 2 << 30
 
 
 class Experiment:
