@@ -1,4 +1,5 @@
-"""Pictures of the results: time against sparsity and tokens, and the roofline.
+"""Pictures of the results: time against sparsity and tokens, the roofline, and what
+pruning costs.
 
 Written to ``docs/``; one whose results are missing is left out.
 
@@ -17,7 +18,7 @@ from matplotlib.ticker import FuncFormatter
 
 from benchmarks.layers import family
 from benchmarks.section import block_text
-from benchmarks.tables import ROOT, load
+from benchmarks.tables import ROOT, latencies, load, studied
 
 #: Okabe and Ito's colours, which the colour-blind tell apart, each with a marker.
 STYLES = {
@@ -235,10 +236,60 @@ def _line(
               linestyle=line, label=label + block)  # fmt: skip
 
 
+def accuracy() -> Figure | None:
+    """What pruning costs, over sparsity and over measured latency."""
+    found = studied(("reconstruct",))
+    if not found:
+        return None
+    tasks = set.intersection(*(set(row) for row in found.values()))
+    figure = Figure(figsize=(9.5, 3.9), layout="constrained")
+    figure.suptitle(
+        f"all-MiniLM-L6-v2, mean over {', '.join(sorted(tasks))}", fontsize=10
+    )
+    left, right = figure.subplots(1, 2, sharey=True)
+    timed = latencies()
+    for block in dict.fromkeys(key[2] for key in found):
+        text = f"({block.replace(',', ', ')})"
+        colour, marker = STYLES.get(text.replace("in/8", "96"), ("black", "x"))
+        curve = [
+            (sparsity, statistics.fmean(row[task].change for task in tasks))
+            for (_, sparsity, name), row in found.items()
+            if name == block
+        ]
+        left.plot(*zip(*curve, strict=True), color=colour, marker=marker, markersize=5,
+                  linewidth=1.4, label=text)  # fmt: skip
+        against = [
+            (timed[sparsity, block]["packed"]["median_ms"], change)
+            for sparsity, change in curve
+            if (sparsity, block) in timed
+        ]
+        if against:
+            right.plot(*zip(*against, strict=True), color=colour, marker=marker,
+                       markersize=5, linewidth=1.4, label=text)  # fmt: skip
+    dense = [
+        min(t["median_ms"] for name, t in times.items() if name != "packed")
+        for times in timed.values()
+    ]
+    if dense:
+        right.plot(statistics.median(dense), 0, color="black", marker="*", markersize=9,
+                   linestyle="", label="best dense engine")  # fmt: skip
+        right.set_xlim(left=0)
+    left.set(xlabel="sparsity (removed weights)", ylabel="change from dense (points)")
+    left.xaxis.set_major_formatter(PERCENT)
+    right.set(xlabel="time (ms), 1 x 128 tokens, one thread")
+    for axis in (left, right):
+        axis.axhline(0, color="0.35", linestyle="--", linewidth=1)
+        axis.grid(color="0.92")
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=8, frameon=False, title="block", title_fontsize=8)
+    return figure
+
+
 FIGURES: dict[str, Callable[[], Figure | None]] = {
     "time_against_sparsity": time_against_sparsity,
     "time_against_tokens": time_against_tokens,
     "roofline": roofline,
+    "accuracy": accuracy,
 }
 
 

@@ -3,7 +3,7 @@
 all-MiniLM-L6-v2, fine-tuned on sst2, continues training with the reweighted
 group-Lasso penalty or without, for the same steps, and is then cut to 20 % of its
 blocks in one go. Saves both histograms of block norms as ``docs/penalty.png``. The
-dense checkpoint is the one that ``python -m benchmarks.accuracy`` leaves in RUNS.
+dense checkpoint is RUNS/sst2-dense, as ``python -m benchmarks.recovery`` leaves it.
 
     python -m benchmarks.penalty --data DIR --runs DIR [--threads 1]
 """
@@ -19,8 +19,8 @@ from benchmarks import PYBSP, result
 
 ROOT = Path(__file__).parents[1]
 RUNS = {
-    "none": ["--method", "magnitude"],
-    "reweighted": ["--penalty", "proximal", "--lambda", "auto"],
+    "none": ["--recipe", "ramp", "--method", "magnitude"],
+    "reweighted": ["--recipe", "ramp"],
 }
 TITLES = {"none": "no penalty", "reweighted": "reweighted group Lasso"}
 

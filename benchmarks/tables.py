@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import quantization_accuracy, section, size
 from benchmarks.result import RESULTS
 from benchmarks.sections import SECTIONS
+from pybsp.cli import study
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/results.md", "docs/speed.md", "docs/pruning.md",
          "docs/quantization.md")  # fmt: skip
+GLUE_TASKS = ("mrpc", "stsb", "cola", "rte", "sst2")
 METRICS = {"accuracy": "accuracy", "f1": "F1"}
 
 
@@ -34,60 +37,96 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def block_text(run: dict[str, Any]) -> str:
-    return "(" + ", ".join(map(str, run["config"]["block_shape"])) + ")"
-
-
 def score(run: dict[str, Any], stage: str) -> str:
     """The task's metrics in percent, all of them: F1 alone hides a constant answer."""
     found = run["scores"][stage]
     return " / ".join(f"{100 * found[metric]:.1f}" for metric in run["task"]["metrics"])
 
 
-def metric_names(run: dict[str, Any]) -> str:
-    return " / ".join(METRICS.get(name, name) for name in run["task"]["metrics"])
+def studied(variants: Sequence[str]) -> dict[study.Setting, dict[str, study.Summary]]:
+    """What ``pybsp glue`` found, in the order of variants, blocks and sparsities."""
+    files = sorted((RESULTS / "glue").glob("*.json"))
+    cells = [study.Cell.from_name(file.stem) for file in files]
+    found = study.summaries(
+        RESULTS / "glue", (cell for cell in cells if cell.variant in variants)
+    )
+    return dict(
+        sorted(found.items(), key=lambda i: (variants.index(i[0][0]), i[0][2], i[0][1]))
+    )
 
 
-def order(run: dict[str, Any]) -> tuple[Any, ...]:
-    return (run["task"]["name"], run["config"]["target_sparsity"], block_text(run))
+def latencies() -> dict[tuple[float, str], dict[str, Any]]:
+    """By sparsity and block, the latency of one of the checkpoints."""
+    timed = {}
+    for run in load("encoder.json"):
+        for row in run["rows"]:
+            cell = study.Cell.from_name(row["run"])
+            timed[cell.sparsity, cell.block] = row["candidates"]
+    return timed
 
 
-def latencies() -> dict[str, dict[str, Any]]:
-    measured = load("encoder.json")
-    return {row["run"]: row for row in measured[0]["rows"]} if measured else {}
-
-
-def accuracy() -> str:
-    """Every pruned checkpoint: accuracy, bytes and encoder latency."""
-    timed, rows = latencies(), []
-    for run in sorted(load("accuracy/*.json"), key=order):
-        files, latency = run["files"], timed.get(run["run"], run["latency"])
-        times = latency["candidates"]
-        ratios = [
-            f"{times[name]['median_ms'] / times['packed']['median_ms']:.2f}x"
-            if name in times
-            else ""
-            for name in ("dense", "onnxruntime")
+def score_rows(
+    found: Mapping[study.Setting, Mapping[str, study.Summary]], tasks: Sequence[str]
+) -> list[list[str]]:
+    return [
+        [
+            *(row[task].text() if task in row else "" for task in tasks),
+            f"{study.mean_change(row):+.1f}",
         ]
-        rows.append(
-            [
-                f"{run['task']['name']} ({metric_names(run)})",
-                f"{run['sparsity']['reached']:.0%}",
-                block_text(run),
-                score(run, "dense"),
-                score(run, "magnitude_cut"),
-                score(run, "after_cut"),
-                score(run, "final"),
-                f"{files['dense_encoder_bytes'] / 1e6:.1f}",
-                f"{files['packed_encoder_bytes'] / 1e6:.1f} "
-                f"({files['encoder_ratio']:.3f}x)",
-                *ratios,
-            ]
+        for row in found.values()
+    ]
+
+
+def glue() -> str:
+    """Dev scores by block and sparsity: the dense model's first."""
+    found, timed = studied(("reconstruct",)), latencies()
+    tasks = [task for task in GLUE_TASKS if any(task in row for row in found.values())]
+    dense = {
+        task: statistics.fmean(
+            {s for row in found.values() if task in row for s in row[task].dense}
         )
-    head = ["task", "sparsity", "block", "dense", "cut untrained", "after the cut",
-            "after retraining", "dense MB", "packed MB", "faster than torch",
-            "than ONNX Runtime"]  # fmt: skip
-    return markdown(head, rows)
+        for task in tasks
+    }
+    rows = [["", "dense", *(f"{dense[task]:.1f}" for task in tasks), "", "", ""]]
+    for (_, sparsity, block), scores in zip(
+        found, score_rows(found, tasks), strict=True
+    ):
+        times = timed.get((sparsity, block))
+        speed = ["", ""]
+        if times:
+            packed = times["packed"]["median_ms"]
+            best = min(t["median_ms"] for name, t in times.items() if name != "packed")
+            speed = [f"{packed:.2f}", f"{best / packed:.1f}x"]
+        rows.append(
+            [f"({block.replace(',', ', ')})", f"{sparsity:.0%}", *scores, *speed]
+        )
+    return markdown(
+        [
+            "block",
+            "sparsity",
+            *tasks,
+            "mean change",
+            "ms",
+            "faster than the best dense",
+        ],
+        rows,
+    )
+
+
+def glue_variants() -> str:
+    """What changes when one thing of the recipe does."""
+    names = tuple(study.VARIANTS)
+    found = {k: v for k, v in studied(names).items() if k[1:] == (0.8, "8,1")}
+    others = {
+        task for (name, *_), row in found.items() if name != names[0] for task in row
+    }
+    tasks = [task for task in GLUE_TASKS if task in others]
+    found = {k: {t: row[t] for t in tasks if t in row} for k, row in found.items()}
+    rows = [
+        [name, *scores]
+        for (name, *_), scores in zip(found, score_rows(found, tasks), strict=True)
+    ]
+    return markdown(["variant", *tasks, "mean change"], rows)
 
 
 def linear() -> str:
@@ -284,7 +323,8 @@ def recovery() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "accuracy": accuracy,
+    "glue": glue,
+    "glue_variants": glue_variants,
     "linear": linear,
     "one_shot": one_shot,
     "recovery": recovery,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -76,6 +77,16 @@ class Cell:
             f"{self.task}-{self.variant}-{100 * self.sparsity:g}-{block}"
             f"-seed{self.seed}"
         )
+
+    @classmethod
+    def from_name(cls, name: str) -> Cell:
+        """The inverse of ``name``."""
+        found = re.fullmatch(r"(\w+?)-(.+)-([\d.]+)-(\w+)x(\w+)-seed(\d+)", name)
+        if found is None:
+            raise ValueError(f"{name!r} is no name of a run of pybsp glue")
+        task, variant, percent, rows, columns, seed = found.groups()
+        block = f"{rows},{columns}".replace("over", "/")
+        return cls(task, variant, float(percent) / 100, block, int(seed))
 
     @property
     def dense(self) -> str:

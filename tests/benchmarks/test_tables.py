@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -52,6 +53,34 @@ def test_a_picture_without_results_is_left_out(name: str) -> None:
     assert figures.FIGURES[name]() is None
 
 
+def test_studies_stand_beside_the_dense_model(results: Path) -> None:
+    (results / "glue").mkdir()
+    for name, dense, packed in (
+        ("mrpc-reconstruct-80-8x1-seed0", 0.86, 0.85),
+        ("mrpc-reconstruct-80-8x1-seed1", 0.88, 0.86),
+        ("cola-reconstruct-80-8x1-seed0", 0.30, 0.31),
+        ("mrpc-reconstruct-44-8x1-seed0", 0.86, 0.87),
+        ("mrpc-logits-alone-80-8x1-seed0", 0.86, 0.84),
+    ):
+        scores = {"dense": {"accuracy": dense}, "packed": {"accuracy": packed}}
+        text = json.dumps({"scores": scores})
+        (results / "glue" / f"{name}.json").write_text(text, encoding="utf-8")
+    times = {"packed": {"median_ms": 2.0}, "dense": {"median_ms": 9.0},
+             "openvino": {"median_ms": 8.0}}  # fmt: skip
+    row = {"run": "mrpc-reconstruct-80-8x1-seed0", "candidates": times}
+    result.save("encoder", {"rows": [row]})
+    assert tables.glue().splitlines()[2:] == [
+        "|  | dense | 87.0 | 30.0 |  |  |  |",
+        "| (8, 1) | 44% | 87.0 (+1.0) |  | +1.0 |  |  |",
+        "| (8, 1) | 80% | 85.5 +- 0.7 (-1.5) | 31.0 (+1.0) | -0.2 | 2.00 | 4.0x |",
+    ]
+    assert tables.glue_variants().splitlines()[2:] == [
+        "| reconstruct | 85.5 +- 0.7 (-1.5) | -1.5 |",
+        "| logits-alone | 84.0 (-2.0) | -2.0 |",
+    ]
+    assert figures.accuracy() is not None
+
+
 @pytest.mark.usefixtures("results")
 def test_pictures_show_what_was_measured() -> None:
     rows = [
@@ -67,6 +96,8 @@ def test_pictures_show_what_was_measured() -> None:
     result.save("work", {"rows": by_sparsity})
     for name, draw in figures.FIGURES.items():
         figure = draw()
+        if name == "accuracy":
+            continue
         assert isinstance(figure, Figure), name
         for axis in figure.axes:
             assert axis.get_xlabel(), name

@@ -112,6 +112,14 @@ def test_order_compares_early():
     assert len(names) == len(set(names)) == 8
 
 
+def test_names_tell_everything():
+    blocks = ("8,1", "16,4", "1,in/8", "out/8,1", "1,in", "1,1")
+    for cell in cells(["mrpc", "mnli_subset"], VARIANTS, [0.8, 0.44], blocks, [0, 12]):
+        assert Cell.from_name(cell.name) == cell
+    with pytest.raises(ValueError, match="no name of a run"):
+        Cell.from_name("mrpc-reconstruct")
+
+
 class TestRunner:
     """On programs that take a moment and write down when they ran."""
 
