@@ -141,6 +141,19 @@ def test_a_cut_before_training_keeps_its_blocks(cli, pruned, model, data, tmp_pa
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("block", ["1,1", "1,in", "out,1"])
+def test_single_weights_whole_rows_and_whole_columns(
+    cli, pruned, model, data, tmp_path, block
+):
+    run = cli(*prune_arguments(
+        model, data, tmp_path / "out", "--dense-checkpoint", pruned.parent / "dense",
+        "--recipe", "reconstruct", "--block-shape", block, "--epochs", "1", "--json",
+    ))  # fmt: skip
+    assert run.status == 0, run.stderr
+    assert run.data["agreement"]["agree"]
+    assert run.data["sparsity"]["reached"] == pytest.approx(0.8, abs=0.02)
+
+
 def test_as_a_program_with_a_regression(model, tmp_path):
     (tmp_path / "data" / "stsb").mkdir(parents=True)
     rows = "".join(
