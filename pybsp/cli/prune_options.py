@@ -138,14 +138,14 @@ def add_training(group: Any) -> None:
     group.add_argument(
         "--epochs-dense",
         type=positive_number,
-        default=3.0,
+        default=5.0,
         metavar="N",
         help="epochs of dense fine-tuning (default: %(default)s)",
     )
     group.add_argument(
         "--epochs",
         type=positive_number,
-        default=4.0,
+        default=6.0,
         metavar="N",
         help="epochs of the pruning run, all phases together (default: %(default)s)",
     )

@@ -12,13 +12,17 @@ from . import corpus
 from .arguments import positive_int
 from .main import Result
 from .models import find_packaged, load_classifier
+from .recipe import RECIPES, Recipe, Subject
 
 if TYPE_CHECKING:
-    from .recipe import Recipe, Subject
     from .tasks import TaskData
 
 SPARSITY = 0.8
 BLOCK_SHAPE = (8, 1)
+#: Tokens that the cut reconstructs: enough here.
+CALIBRATION = 8192
+#: As `pybsp prune` does it.
+DEFAULTS = RECIPES["reconstruct"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class Size:
     seconds: float = 4.0
 
 
-PRETRAINED = Size(1000, 400, 1.25, 2.5, 2e-4, 4e-4)
-FROM_SCRATCH = Size(2400, 400, 3, 3, 5e-4, 2e-4)
+PRETRAINED = Size(1000, 400, 1.25, 2.5, 2e-4, 5e-4)
+FROM_SCRATCH = Size(2400, 400, 3, 2, 5e-4, 5e-4)
 TINY = Size(200, 40, 1, 1, 1e-3, 1e-3, hidden=64, layers=1, seconds=0.2)
 
 
@@ -108,8 +112,6 @@ def tell(data: TaskData, packaged: Path | None) -> None:
 
 
 def subject(packaged: Path | None, data: TaskData, size: Size, seed: int) -> Subject:
-    from .recipe import Subject
-
     def load() -> tuple[Any, Any]:
         if packaged is not None:
             return load_classifier(str(packaged), data.task.outputs)
@@ -132,17 +134,11 @@ def pruning_config() -> Any:
     from ..pruning import BlockPruningConfig
 
     return BlockPruningConfig(
-        block_shape=BLOCK_SHAPE, target_sparsity=SPARSITY, **PRUNING
+        block_shape=BLOCK_SHAPE, target_sparsity=SPARSITY, **DEFAULTS.config
     )
 
 
-#: As `pybsp prune` does it; see there.
-PRUNING: dict[str, Any] = {"ramp": "cubic", "phases": (0.0, 0.4, 0.6)}
-
-
 def recipe(size: Size, seed: int) -> Recipe:
-    from .recipe import Recipe
-
     return Recipe(
         epochs_dense=size.epochs_dense,
         epochs=size.epochs,
@@ -151,7 +147,11 @@ def recipe(size: Size, seed: int) -> Recipe:
         batch_size=16,
         max_length=48,
         seed=seed,
-        distill=0.5,
+        distill=DEFAULTS.distill,
+        distill_hidden=DEFAULTS.distill_hidden,
+        reconstruct=DEFAULTS.reconstruct,
+        dropout=DEFAULTS.dropout,
+        calibration=CALIBRATION,
         checkpoints=0,
         seconds=size.seconds,
     )
