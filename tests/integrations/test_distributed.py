@@ -57,7 +57,7 @@ def train(
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        # the script keeps to the CPU; accelerate starts CPU processes itself only by MPI
+        # the script keeps to the CPU; for CPUs accelerate itself would want MPI
         launch += ["-P", "-m", "accelerate.commands.launch", "--multi_gpu",
                    "--num_processes", str(processes), "--num_machines", "1",
                    "--mixed_precision", "no", "--dynamo_backend", "no",
