@@ -239,9 +239,9 @@ def _line(
 def accuracy() -> Figure | None:
     """What pruning costs, over sparsity and over measured latency."""
     found = studied(("reconstruct",))
-    if not found:
+    tasks = set.intersection(*(set(row) for row in found.values())) if found else set()
+    if not tasks:
         return None
-    tasks = set.intersection(*(set(row) for row in found.values()))
     figure = Figure(figsize=(9.5, 3.9), layout="constrained")
     figure.suptitle(
         f"all-MiniLM-L6-v2, mean over {', '.join(sorted(tasks))}", fontsize=10

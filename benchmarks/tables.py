@@ -61,8 +61,18 @@ def latencies() -> dict[tuple[float, str], dict[str, Any]]:
     for run in load("encoder.json"):
         for row in run["rows"]:
             cell = study.Cell.from_name(row["run"])
-            timed[cell.sparsity, cell.block] = row["candidates"]
+            if cell.variant == "reconstruct":
+                timed[cell.sparsity, cell.block] = row["candidates"]
     return timed
+
+
+def dense_scores(task: str) -> dict[int, float]:
+    """The dense model's score by seed."""
+    found = {}
+    for file in sorted((RESULTS / "glue").glob(f"{task}-*.json")):
+        cell = study.Cell.from_name(file.stem)
+        found[cell.seed] = study.score(study.read_results(file)["scores"]["dense"])
+    return found
 
 
 def score_rows(
@@ -81,12 +91,7 @@ def glue() -> str:
     """Dev scores by block and sparsity: the dense model's first."""
     found, timed = studied(("reconstruct",)), latencies()
     tasks = [task for task in GLUE_TASKS if any(task in row for row in found.values())]
-    dense = {
-        task: statistics.fmean(
-            {s for row in found.values() if task in row for s in row[task].dense}
-        )
-        for task in tasks
-    }
+    dense = {task: statistics.fmean(dense_scores(task).values()) for task in tasks}
     rows = [["", "dense", *(f"{dense[task]:.1f}" for task in tasks), "", "", ""]]
     for (_, sparsity, block), scores in zip(
         found, score_rows(found, tasks), strict=True
@@ -121,7 +126,8 @@ def glue_variants() -> str:
         task for (name, *_), row in found.items() if name != names[0] for task in row
     }
     tasks = [task for task in GLUE_TASKS if task in others]
-    found = {k: {t: row[t] for t in tasks if t in row} for k, row in found.items()}
+    shared = {k: {t: row[t] for t in tasks if t in row} for k, row in found.items()}
+    found = {key: row for key, row in shared.items() if row}
     rows = [
         [name, *scores]
         for (name, *_), scores in zip(found, score_rows(found, tasks), strict=True)

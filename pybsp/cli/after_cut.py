@@ -33,10 +33,16 @@ class WatchCut(TrainerCallback):
         self.workspace = workspace
         self.score = score
 
-    def on_train_begin(self, *event: Any, **_details: Any) -> None:
-        pruner = self.pruning.pruner
-        if pruner and event[1].global_step == 0 and not pruner.at_target:
+    def on_train_begin(self, *event: Any, **details: Any) -> None:
+        state, pruner = event[1], self.pruning.pruner
+        if not pruner or state.global_step:
+            return
+        if not pruner.at_target:
             self._record_norms("fine_tuned")
+        elif AFTER_CUT not in self.workspace.stages:
+            # cut before the first step, by the callback that came before this one
+            self._record_norms("after_the_cut")
+            self._record_scores(details["model"], state)
 
     def on_step_begin(self, *event: Any, **_details: Any) -> None:
         pruner = self.pruning.pruner
@@ -46,12 +52,15 @@ class WatchCut(TrainerCallback):
     def on_step_end(self, *event: Any, **kwargs: Any) -> None:
         state, pruner = event[1], self.pruning.pruner
         if pruner and state.global_step == pruner.schedule.cut_step:
-            found = {
-                "scores": self.score(kwargs["model"]),
-                "step": state.global_step,
-                "steps": state.max_steps,
-            }
-            self.workspace.record(AFTER_CUT, found)
+            self._record_scores(kwargs["model"], state)
+
+    def _record_scores(self, model: Any, state: Any) -> None:
+        found = {
+            "scores": self.score(model),
+            "step": state.global_step,
+            "steps": state.max_steps,
+        }
+        self.workspace.record(AFTER_CUT, found)
 
     def _record_norms(self, when: str) -> None:
         pruner = self.pruning.pruner

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
+import io
 import os
 import signal
 import sys
@@ -12,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import prune, tasks
 from .arguments import block_shape, fraction, positive_int
-from .errors import FAILED, OK, UsageError
+from .errors import FAILED, OK, UsageError, WorkError
 from .main import Result, build_parser
 from .study import (
     ABLATIONS,
@@ -24,10 +27,11 @@ from .study import (
     cells,
     keep_results,
     mean_change,
+    read_results,
     score,
     summaries,
 )
-from .workspace import check_same_options, read_json, write_text
+from .workspace import check_same_options, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,7 +39,17 @@ if TYPE_CHECKING:
 #: The tasks whose official splits have both labels and a fixed metric.
 TASKS = ("mrpc", "stsb", "cola", "rte", "sst2")
 #: Options of a run that say where things lie.
-PLACES = ("data", "dense_checkpoint", "model")
+PLACES = ("data", "dense_checkpoint")
+#: Options that a study gives to its runs.
+SET_BY_STUDY = (
+    "--task", "--sparsity", "--block-shape", "--seed", "--model", "--data", "--out",
+    "--dense-checkpoint", "--save-dense", "--resume", "--json", "--help", "-h",
+)  # fmt: skip
+#: Those that decide what a dense model is.
+DENSE_OPTIONS = (
+    "model", "task", "seed", "epochs_dense", "lr", "bf16", "batch_size", "max_length",
+    "max_train_samples",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,13 +77,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one JSON file for each finished run (default: OUT/results)",
     )
     what = parser.add_argument_group("what is compared")
-    what.add_argument("--tasks", nargs="+", default=TASKS, metavar="TASK",
-                      help=", ".join(tasks.TASKS))  # fmt: skip
+    what.add_argument(
+        "--tasks", nargs="+", default=TASKS, metavar="TASK",
+        help=f"{', '.join(tasks.TASKS)} (default: {' '.join(TASKS)})",
+    )  # fmt: skip
     what.add_argument("--sparsities", nargs="+", type=fraction, default=[0.8],
                       metavar="S", help="default: 0.8")  # fmt: skip
     what.add_argument("--block-shapes", nargs="+", type=block_text, metavar="OUT,IN",
                       help="default: 8,1")  # fmt: skip
-    what.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N",
+    what.add_argument("--seeds", nargs="+", type=seed, default=[0], metavar="N",
                       help="each with its own dense model (default: 0)")  # fmt: skip
     what.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), metavar="NAME",
                       help=f"{', '.join(VARIANTS)} (default: reconstruct)")  # fmt: skip
@@ -95,24 +111,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def block_text(text: str) -> str:
-    """A block shape as it was given, once it is known to be one."""
-    block_shape(text)
-    return text
+    """A block shape in the one way that names of runs have it."""
+    return ",".join(map(str, block_shape(text)))
+
+
+def seed(text: str) -> int:
+    """A whole number from 0 on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number from 0 on; got {text!r}"
+        )
+    return int(text)
 
 
 def run(arguments: argparse.Namespace) -> Result:
+    find_places(arguments)
     chosen = choose(arguments)
-    results = arguments.results or arguments.out / "results"
-    todo = [
-        cell
-        for cell in chosen
-        if not is_finished(cell, results, command(cell, arguments))
-    ]
+    results = arguments.results
+    todo = [cell for cell in chosen if not is_finished(cell, arguments)]
     if arguments.list:
         rows = [{"name": cell.name, "finished": cell not in todo} for cell in chosen]
         return Result({"runs": rows}, [list_table(rows)])
-    signal.signal(signal.SIGTERM, interrupt)
-    failed = work(arguments, todo, results)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    failed = work(arguments, todo) if todo else []
     found = summaries(results, chosen)
     tables: list[Any] = [summary_table(found, arguments.tasks)] if found else []
     tables += [
@@ -125,6 +147,22 @@ def run(arguments: argparse.Namespace) -> Result:
         "results": str(results),
     }
     return Result(data, tables, FAILED if failed else OK)
+
+
+def find_places(arguments: argparse.Namespace) -> None:
+    """Make the paths absolute; ``UsageError`` for what is no folder."""
+    arguments.out = arguments.out.absolute()
+    arguments.results = (arguments.results or arguments.out / "results").absolute()
+    for name in ("out", "results"):
+        place = getattr(arguments, name)
+        if place.exists() and not place.is_dir():
+            raise UsageError(f"--{name} {place} is a file; name a directory")
+    if arguments.data is not None:
+        arguments.data = arguments.data.absolute()
+        if not arguments.data.is_dir():
+            raise UsageError(f"--data {arguments.data} is not a directory")
+    if Path(arguments.model).is_dir():
+        arguments.model = str(Path(arguments.model).absolute())
 
 
 def choose(arguments: argparse.Namespace) -> list[Cell]:
@@ -155,58 +193,118 @@ def command(cell: Cell, arguments: argparse.Namespace) -> list[str]:
     return [*line, *cell.options(), *arguments.prune_options]
 
 
-def is_finished(cell: Cell, results: Path, line: Sequence[str]) -> bool:
+def check_prune_options(variant: str, words: Sequence[str]) -> None:
+    """``UsageError`` for options of all runs that the study or a variant sets."""
+    given = {word.partition("=")[0] for word in words if word.startswith("-")}
+    own = {word for word in VARIANTS[variant] if word.startswith("--")}
+    own |= {word.replace("--no-", "--") for word in own}
+    for option in sorted(given):
+        if option in SET_BY_STUDY:
+            raise UsageError(
+                f"{option} behind -- is set for each run; use the options of pybsp glue"
+            )
+        if option.replace("--no-", "--") in own:
+            raise UsageError(
+                f"{option} behind -- is what the variant {variant} sets; leave one out"
+            )
+
+
+def is_finished(cell: Cell, arguments: argparse.Namespace) -> bool:
     """Whether there are results of the same options; also checks the options."""
-    options = parsed_options(cell, line)
-    file = results / f"{cell.name}.json"
+    options = run_options(cell, arguments)
+    file = arguments.results / f"{cell.name}.json"
     if not file.is_file():
         return False
-    known = read_json(file).get("options", {})
+    known = read_results(file)["options"]
+    options["model"] = model_name(arguments)
     check_same_options(
         {k: v for k, v in known.items() if k not in PLACES}, options, file
     )
     return True
 
 
-def parsed_options(cell: Cell, line: Sequence[str]) -> dict[str, Any]:
+def run_options(cell: Cell, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What decides the outcome of a run."""
+    check_prune_options(cell.variant, arguments.prune_options)
+    line = command(cell, arguments)
+    said = io.StringIO()
     try:
-        parsed = build_parser(line).parse_args(line)
+        with contextlib.redirect_stderr(said):
+            parsed = build_parser(line).parse_args(line)
     except SystemExit:
-        raise UsageError(
-            f"the options behind -- do not suit pybsp prune ({cell.variant})"
-        ) from None
-    config = prune.pruning_config(parsed)
-    options: dict[str, Any] = prune.run_options(parsed, config)
+        reason = said.getvalue().strip().rpartition("error: ")[2]
+        raise UsageError(f"the options of pybsp prune, behind --: {reason}") from None
+    options: dict[str, Any] = prune.run_options(parsed, prune.pruning_config(parsed))
     return options
 
 
-def work(
-    arguments: argparse.Namespace, todo: Sequence[Cell], results: Path
-) -> list[Cell]:
+def model_name(arguments: argparse.Namespace) -> str:
+    """The model as results call it: of a directory, the last part."""
+    path = Path(arguments.model)
+    return path.name if path.is_dir() else str(arguments.model)
+
+
+def check_dense(cell: Cell, arguments: argparse.Namespace, dense: Path) -> None:
+    """``UsageError`` when the dense model that is there was made in another way; notes
+    the way of one that will be."""
+    every = run_options(cell, arguments)
+    options = {name: every[name] for name in DENSE_OPTIONS}
+    file = dense.with_name(f"{dense.name}.json")
+    if not dense.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, options)
+    elif file.is_file():
+        check_same_options(read_json(file), options, dense)
+    else:
+        raise UsageError(
+            f"{dense} is there, but not {file}, which says how it was made; remove it"
+        )
+
+
+def work(arguments: argparse.Namespace, todo: Sequence[Cell]) -> list[Cell]:
     """Does the runs and keeps their results; returns those that failed."""
-    runner = Runner(
-        arguments.out, lambda cell: command(cell, arguments), arguments.jobs
-    )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with (arguments.out / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise WorkError(
+                f"another study, or a run that one left behind, works in "
+                f"{arguments.out}"
+            ) from None
+        runner = Runner(
+            arguments.out, lambda cell: command(cell, arguments), arguments.jobs,
+            lock.fileno(),
+        )  # fmt: skip
+        for cell in todo:
+            check_dense(cell, arguments, runner.dense(cell))
+        failed = []
+        for number, (cell, status, seconds) in enumerate(runner.run(todo), start=1):
+            said = f"failed, see {runner.log(cell)}"
+            if status == OK:
+                said = keep(cell, runner, arguments)
+            else:
+                failed.append(cell)
+            print(
+                f"{number}/{len(todo)} {cell.name}: {said} ({seconds / 60:.0f} min)",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+    return failed
+
+
+def keep(cell: Cell, runner: Runner, arguments: argparse.Namespace) -> str:
+    """Copy the results of a run that is done; returns what came of it, in words."""
     places = {"OUT": arguments.out}
     if arguments.data is not None:
         places["DATA"] = arguments.data
-    failed = []
-    for number, (cell, status, seconds) in enumerate(runner.run(todo), start=1):
-        said = f"failed, see {runner.log(cell)}"
-        if status == OK:
-            results.mkdir(parents=True, exist_ok=True)
-            text = keep_results(cell, runner, places)
-            write_text(results / f"{cell.name}.json", text)
-            scores = read_json(results / f"{cell.name}.json")["scores"]
-            before, after = score(scores["dense"]), score(scores["packed"])
-            said = f"{before:.1f} dense, {after:.1f} pruned"
-        else:
-            failed.append(cell)
-        print(
-            f"{number}/{len(todo)} {cell.name}: {said} ({seconds / 60:.0f} min)",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-    return failed
+    if Path(arguments.model).is_dir():
+        places[model_name(arguments)] = Path(arguments.model)
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    file = arguments.results / f"{cell.name}.json"
+    write_text(file, keep_results(cell, runner, places))
+    scores = read_results(file)["scores"]
+    before, after = score(scores["dense"]), score(scores["packed"])
+    return f"{before:.1f} dense, {after:.1f} pruned"
 
 
 def interrupt(*_: object) -> None:

@@ -38,6 +38,7 @@ NOT_RESULTS = (
 #: Options that say how blocks are found and removed step by step.
 IN_THE_COURSE = (
     "method", "penalty", "ramp", "ranking", "reg_lambda", "phases", "saliency",
+    "schedule",
 )  # fmt: skip
 
 

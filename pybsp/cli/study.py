@@ -7,6 +7,7 @@ along, and a study that was stopped goes on with what is missing.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import statistics
@@ -16,16 +17,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from .workspace import RESULTS, read_json
+from .errors import WorkError
+from .workspace import RESULTS, RUN, read_json
 
 #: Name -> options of ``pybsp prune``.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "reconstruct": (),
     "norm-cut": (
         "--recipe", "ramp", "--method", "magnitude", "--ramp", "one_shot", "--phases",
-        "0,0,1", "--distill-hidden", "1", "--no-dropout",
+        "0,0,1", "--distill-hidden", "1", "--no-dropout", "--prune-lr", "5e-4",
     ),
     "taylor": (
         "--recipe", "ramp", "--method", "magnitude", "--saliency", "taylor",
@@ -110,26 +112,33 @@ def cells(
 ) -> list[Cell]:
     """All combinations: every task once before the next setting, and every setting
     once before the next seed, so that an unfinished study already compares."""
-    return [
+    found = (
         Cell(task, variant, sparsity, block, seed)
         for seed, sparsity, block, variant, task in itertools.product(
             seeds, sparsities, blocks, variants, tasks
         )
-    ]
+    )
+    return list(dict.fromkeys(found))
 
 
 class Runner:
     """Prunes the cells of a study in ``folder``, ``jobs`` at a time.
 
-    ``command(cell)`` is the command line of one, as after ``pybsp``.
+    ``command(cell)`` is the command line of one, as after ``pybsp``. The processes hold
+    ``lock``, a file descriptor, open as long as they live.
     """
 
     def __init__(
-        self, folder: Path, command: Callable[[Cell], list[str]], jobs: int
+        self,
+        folder: Path,
+        command: Callable[[Cell], list[str]],
+        jobs: int,
+        lock: int | None = None,
     ) -> None:
         self.folder = folder
         self.command = command
         self.jobs = jobs
+        self.lock = lock
         self._running: dict[Cell, subprocess.Popen[bytes]] = {}
         self._started: dict[Cell, float] = {}
 
@@ -164,7 +173,8 @@ class Runner:
 
     def _start(self, cell: Cell) -> None:
         dense = self.dense(cell)
-        option = "--dense-checkpoint" if dense.exists() else "--save-dense"
+        given = dense.exists() and not self._makes_dense(cell)
+        option = "--dense-checkpoint" if given else "--save-dense"
         line = [
             *self.command(cell), option, str(dense), "--out", str(self.out(cell)),
             "--resume", "--json",
@@ -172,8 +182,17 @@ class Runner:
         log = self.log(cell)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
-            self._running[cell] = _program(line, file)
+            self._running[cell] = _program(line, file, self.lock)
         self._started[cell] = time.monotonic()
+
+    def _makes_dense(self, cell: Cell) -> bool:
+        """Whether the run was started before, by fine-tuning the dense model."""
+        out = self.out(cell)
+        for file in (out / RESULTS, out.with_name(f"{out.name}.work") / RUN):
+            if file.is_file():
+                options: dict[str, Any] = read_json(file).get("options", {})
+                return options.get("dense_checkpoint") is None
+        return False
 
     def _done(self) -> Iterator[tuple[Cell, int, float]]:
         for cell, process in list(self._running.items()):
@@ -185,11 +204,21 @@ class Runner:
     def _stop(self) -> None:
         for process in self._running.values():
             process.terminate()  # what it has done so far is on disk
+        for process in self._running.values():
             process.wait()
 
 
-def _program(line: Sequence[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "pybsp.cli.main", *line]
+#: ``pybsp`` as it is installed, whatever lies in the current folder.
+PROGRAM = (
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    "from pybsp.cli.main import main; sys.exit(main())"
+)
+
+
+def _program(
+    line: Sequence[str], log: IO[bytes], lock: int | None
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", PROGRAM, *line]
     # Pages that come and go with every step cost a tenth of it.
     kept = {
         "MALLOC_MMAP_THRESHOLD_": "2000000000",
@@ -197,17 +226,41 @@ def _program(line: Sequence[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
     }
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
-        env={**kept, **os.environ},
-        start_new_session=True,
+        env={**kept, **os.environ}, start_new_session=True,
+        pass_fds=() if lock is None else (lock,),
     )  # fmt: skip
 
 
 def keep_results(cell: Cell, runner: Runner, places: Mapping[str, Path]) -> str:
-    """The text of ``results.json`` of a cell that is done, with words for folders."""
-    text = (runner.out(cell) / RESULTS).read_text(encoding="utf-8")
-    for word, place in places.items():
-        text = text.replace(str(place), word)
-    return text
+    """The text of ``results.json`` of a cell that is done, with words for absolute
+    paths."""
+    results = read_results(runner.out(cell) / RESULTS)
+    return json.dumps(_with_words(results, places), indent=2) + "\n"
+
+
+def _with_words(value: Any, places: Mapping[str, Path]) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_words(item, places) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_words(item, places) for item in value]
+    if isinstance(value, str):
+        for word, place in places.items():
+            whole = rf"(?<![\w./-]){re.escape(str(place))}(?![\w.-])"
+            value = word.join(re.split(whole, value))
+    return value
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """Results of ``pybsp prune``; ``WorkError`` for anything else."""
+    results = read_json(file)
+    options, scores = results.get("options"), results.get("scores")
+    if isinstance(options, dict) and isinstance(scores, dict):
+        found = [scores.get(name) for name in ("dense", "packed")]
+        if all(isinstance(part, dict) and part for part in found):
+            return results
+    raise WorkError(
+        f"{file} holds no results of pybsp prune; remove it to do the run again"
+    )
 
 
 def score(scores: Mapping[str, float]) -> float:
@@ -246,7 +299,7 @@ def summaries(
         file = folder / f"{cell.name}.json"
         if not file.is_file():
             continue
-        scores = read_json(file)["scores"]
+        scores = read_results(file)["scores"]
         tasks = found.setdefault((cell.variant, cell.sparsity, cell.block), {})
         summary = tasks.setdefault(cell.task, Summary([], []))
         summary.dense.append(score(scores["dense"]))

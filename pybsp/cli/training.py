@@ -246,6 +246,8 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder, whole))
+    # without what mixed precision put around its forward
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     check_finite(model.named_parameters())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -313,9 +314,11 @@ class BlockPruner:
                 "blocks cannot be ranked; lower the learning rate or reg_lambda"
             )
         # without gradients so far (a cut before the first step) norms have to do
-        scores = self.saliency.block_scores() or norm_scores(
-            norms, self.targets, self.cfg.ranking
-        )
+        scores = self.saliency.block_scores()
+        # what is removed stays so: its score does not move while others fall
+        for name, mask in self.masks.items() if scores else ():
+            scores[name] = scores[name].masked_fill(~mask, -math.inf)
+        scores = scores or norm_scores(norms, self.targets, self.cfg.ranking)
         cap = self.cfg.max_layer_sparsity
         for pool in self.pools:
             self.masks.update(select_masks(scores, pool, cap, level))

@@ -63,7 +63,7 @@ def test_studies_stand_beside_the_dense_model(results: Path) -> None:
         ("mrpc-logits-alone-80-8x1-seed0", 0.86, 0.84),
     ):
         scores = {"dense": {"accuracy": dense}, "packed": {"accuracy": packed}}
-        text = json.dumps({"scores": scores})
+        text = json.dumps({"scores": scores, "options": {}})
         (results / "glue" / f"{name}.json").write_text(text, encoding="utf-8")
     times = {"packed": {"median_ms": 2.0}, "dense": {"median_ms": 9.0},
              "openvino": {"median_ms": 8.0}}  # fmt: skip

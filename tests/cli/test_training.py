@@ -113,6 +113,16 @@ def test_every_epoch_has_an_order_of_its_own(model, features, monkeypatch, tmp_p
     assert sorted(seen[0]) == sorted(seen[1])
 
 
+def test_mixed_precision_leaves_nothing_on_the_model(model, features, tmp_path):
+    network, tokenizer = load_classifier(str(model), 2)
+    settings = training.Fit(1, 1e-3, 16, seed=0, checkpoints=0, bfloat16=True)
+    training.fit(network, features, tokenizer, settings, tmp_path / "run")
+    found = training.predict(network, features, tokenizer)
+    network.save_pretrained(tmp_path / "saved")
+    again, _ = load_classifier(str(tmp_path / "saved"), 2)
+    np.testing.assert_array_equal(training.predict(again, features, tokenizer), found)
+
+
 def test_a_checkpoint_that_was_cut_off_is_removed(tmp_path):
     for step, names in ((10, ("a", "b")), (20, ("a",)), (30, ())):
         folder = tmp_path / f"checkpoint-{step}"

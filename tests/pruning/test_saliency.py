@@ -69,6 +69,31 @@ def test_scores_are_the_formulas(kind: str) -> None:
     torch.testing.assert_close(saliency.block_scores()["0"], expected / 8)
 
 
+@pytest.mark.parametrize("scope", ["global", "layer", "balanced"])
+@pytest.mark.parametrize("kind", [*KINDS, "magnitude"])
+def test_removed_blocks_stay_removed(kind: str, scope: str) -> None:
+    cfg = BlockPruningConfig(
+        block_shape=(4, 1), saliency=kind, method="magnitude", ramp="cubic",
+        phases=(0.0, 0.8, 0.2), reweight_every=2, scope=scope,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    pruner = BlockPruner(model, cfg, total_steps=100).attach(optimizer)
+    removed: dict[str, torch.Tensor] = {}
+    for _ in range(100):
+        optimizer.zero_grad()
+        x = torch.randn(16, 32)
+        (model(x) - x.flip(1)).square().mean().backward()
+        optimizer.step()
+        for name, mask in pruner.masks.items():
+            gone = removed.get(name, torch.zeros_like(mask))
+            assert not bool((gone & mask).any())
+            removed[name] = ~mask
+    assert sum(int(gone.sum()) for gone in removed.values()) > 0
+    pruner.finalize()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ramp", ["one_shot", "cubic"])
 def test_useful_blocks_stay_though_they_are_small(kind: str, ramp: str) -> None:
