@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dense-checkpoint",
         type=Path,
         metavar="DIR",
-        help="a model that is fine-tuned on the task already; skips fine-tuning",
+        help="a model that is fine-tuned on the task already; skips fine-tuning, and "
+        "with it --epochs-dense and --bf16",
     )
     where.add_argument(
         "--save-dense",
