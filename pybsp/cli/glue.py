@@ -9,7 +9,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,9 +132,8 @@ def run(arguments: argparse.Namespace) -> Result:
     if arguments.list:
         rows = [{"name": cell.name, "finished": cell not in todo} for cell in chosen]
         return Result({"runs": rows}, [list_table(rows)])
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
-    failed = work(arguments, todo) if todo else []
+    with interruptible():
+        failed = work(arguments, todo) if todo else []
     found = summaries(results, chosen)
     tables: list[Any] = [summary_table(found, arguments.tasks)] if found else []
     tables += [
@@ -307,8 +306,23 @@ def keep(cell: Cell, runner: Runner, arguments: argparse.Namespace) -> str:
     return f"{before:.1f} dense, {after:.1f} pruned"
 
 
-def interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """What would end this process ends its children too; what nohup ignores does not."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {
+        number: signal.signal(number, interrupt)
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def list_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from pybsp.cli import study
-from pybsp.cli.glue import summary_table
+from pybsp.cli.glue import interruptible, summary_table
 from pybsp.cli.study import ABLATIONS, VARIANTS, Cell, Runner, Summary, cells
 
 from .conftest import write_sst2
@@ -143,6 +143,20 @@ def test_a_dense_model_made_otherwise_is_refused(cli, arguments, tmp_path):
     other = cli(*arguments, *QUICK)
     assert other.status == 2
     assert "epochs_dense: 3.0 there, 1.0 here" in other.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_interrupt_a_study_unless_they_are_ignored(number):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        signal.raise_signal(number)
+    assert signal.getsignal(number) == before
+    try:
+        signal.signal(number, signal.SIG_IGN)
+        with interruptible():
+            signal.raise_signal(number)
+    finally:
+        signal.signal(number, before)
 
 
 def test_two_studies_do_not_work_in_one_folder(cli, arguments, tmp_path):
