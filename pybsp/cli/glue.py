@@ -308,7 +308,7 @@ def keep(cell: Cell, runner: Runner, arguments: argparse.Namespace) -> str:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """What would end this process ends its children too; what nohup ignores does not."""
+    """What ends this process ends its children too; what nohup ignores does not."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
