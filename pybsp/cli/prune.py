@@ -128,7 +128,8 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
         epochs_dense=arguments.epochs_dense,
         epochs=arguments.epochs,
         dense_learning_rate=arguments.lr,
-        learning_rate=arguments.prune_lr or defaults.learning_rate * arguments.lr,
+        learning_rate=arguments.prune_lr
+        or defaults.learning_rate_at(arguments.sparsity) * arguments.lr,
         batch_size=arguments.batch_size,
         max_length=arguments.max_length,
         seed=arguments.seed,

@@ -161,8 +161,8 @@ def add_training(group: Any) -> None:
         "--prune-lr",
         type=positive_number,
         metavar="X",
-        help="peak learning rate of the pruning run (default: --lr times 5 in the "
-        "recipe 'reconstruct', else twice --lr)",
+        help="peak learning rate of the pruning run (default: in the recipe "
+        "'reconstruct' --lr over the density, at most 5 times --lr; else twice --lr)",
     )
     group.add_argument(
         "--schedule",

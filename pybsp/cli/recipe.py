@@ -13,7 +13,8 @@ class Defaults:
     """What ``pybsp prune`` does where no option says otherwise: the fields of
     ``BlockPruningConfig`` in ``config``, those of ``Recipe`` beside it.
 
-    ``learning_rate`` is in units of the dense run's.
+    ``learning_rate`` is in units of the dense run's. What was cut first takes a higher
+    one the fewer weights are left, ``1 / density`` up to this.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -24,6 +25,12 @@ class Defaults:
     distill_hidden: float = 0.0
     dropout: bool = True
     schedule: str = "hold"
+
+    def learning_rate_at(self, sparsity: float) -> float:
+        """In units of the dense run's."""
+        if not self.reconstruct:
+            return self.learning_rate
+        return min(self.learning_rate, 1 / (1 - sparsity))
 
 
 RECIPES = {

@@ -10,6 +10,7 @@ from transformers import pipeline
 from pybsp.cli import experiment, tasks, training
 from pybsp.cli.main import main
 from pybsp.cli.models import load_classifier
+from pybsp.cli.recipe import RECIPES
 
 from .conftest import prune_arguments, write_sst2
 
@@ -152,6 +153,16 @@ def test_single_weights_whole_rows_and_whole_columns(
     assert run.status == 0, run.stderr
     assert run.data["agreement"]["agree"]
     assert run.data["sparsity"]["reached"] == pytest.approx(0.8, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sparsity", "factor"),
+    [("reconstruct", 0.5, 2), ("reconstruct", 0.8, 5), ("reconstruct", 0.9, 5),
+     ("ramp", 0.5, 2), ("ramp", 0.9, 2)],
+)  # fmt: skip
+def test_fewer_weights_take_a_higher_learning_rate(recipe, sparsity, factor):
+    found = RECIPES[recipe].learning_rate_at(sparsity)
+    assert found == pytest.approx(factor)
 
 
 def test_as_a_program_with_a_regression(model, tmp_path):
