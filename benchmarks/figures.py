@@ -243,9 +243,8 @@ def accuracy() -> Figure | None:
     if not tasks:
         return None
     figure = Figure(figsize=(9.5, 3.9), layout="constrained")
-    figure.suptitle(
-        f"all-MiniLM-L6-v2, mean over {', '.join(sorted(tasks))}", fontsize=10
-    )
+    over = "mean over " if len(tasks) > 1 else ""
+    figure.suptitle(f"all-MiniLM-L6-v2, {over}{', '.join(sorted(tasks))}", fontsize=10)
     left, right = figure.subplots(1, 2, sharey=True)
     timed = latencies()
     for block in dict.fromkeys(key[2] for key in found):
