@@ -128,8 +128,7 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
         epochs_dense=arguments.epochs_dense,
         epochs=arguments.epochs,
         dense_learning_rate=arguments.lr,
-        learning_rate=arguments.prune_lr
-        or defaults.learning_rate_at(arguments.sparsity) * arguments.lr,
+        learning_rate=prune_learning_rate(arguments),
         batch_size=arguments.batch_size,
         max_length=arguments.max_length,
         seed=arguments.seed,
@@ -142,6 +141,14 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
         seconds=arguments.seconds,
         onnx=not arguments.no_onnx,
     )
+
+
+def prune_learning_rate(arguments: argparse.Namespace) -> float:
+    """The peak of the pruning run, to two digits where it is not given."""
+    if arguments.prune_lr is not None:
+        return float(arguments.prune_lr)
+    times = RECIPES[arguments.recipe].learning_rate_at(arguments.sparsity)
+    return float(f"{times * arguments.lr:.2g}")
 
 
 def find_subject(arguments: argparse.Namespace) -> Subject:
@@ -180,8 +187,12 @@ def run_options(
         for name, value in vars(arguments).items()
         if name not in NOT_RESULTS and not callable(value)
     }
-    return {**plain, "block_shape": config.to_dict()["block_shape"],
-            "phases": config.to_dict()["phases"]}  # fmt: skip
+    return {
+        **plain,
+        "block_shape": config.to_dict()["block_shape"],
+        "phases": config.to_dict()["phases"],
+        "prune_lr": prune_learning_rate(arguments),
+    }
 
 
 def default_out(arguments: argparse.Namespace, config: BlockPruningConfig) -> Path:

@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from transformers import pipeline
 
 from pybsp.cli import experiment, tasks, training
-from pybsp.cli.main import main
+from pybsp.cli.main import build_parser, main
 from pybsp.cli.models import load_classifier
+from pybsp.cli.prune import prune_learning_rate
 from pybsp.cli.recipe import RECIPES
 
 from .conftest import prune_arguments, write_sst2
@@ -163,6 +164,13 @@ def test_single_weights_whole_rows_and_whole_columns(
 def test_fewer_weights_take_a_higher_learning_rate(recipe, sparsity, factor):
     found = RECIPES[recipe].learning_rate_at(sparsity)
     assert found == pytest.approx(factor)
+
+
+def test_a_learning_rate_that_is_not_given_has_two_digits():
+    line = ["prune", "--model", "m", "--task", "sst2", "--sparsity", "0.44"]
+    assert prune_learning_rate(build_parser(line).parse_args(line)) == 1.8e-4
+    line += ["--prune-lr", "1.785e-4"]
+    assert prune_learning_rate(build_parser(line).parse_args(line)) == 1.785e-4
 
 
 def test_as_a_program_with_a_regression(model, tmp_path):
