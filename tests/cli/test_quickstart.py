@@ -22,7 +22,8 @@ def test_it_ends_with_a_table_and_what_to_do_next(cli, tmp_path, monkeypatch):
     again = cli("quickstart", "--tiny", "--json")
     assert (tmp_path / "runs" / "quickstart-2" / "README.md").is_file()
     assert again.data["sparsity"]["reached"] == pytest.approx(0.8, abs=1e-3)
-    assert again.data["config"]["method"] == "reweighted_group_lasso"
+    assert again.data["config"]["phases"] == [0.0, 0.0, 1.0]
+    assert again.data["recipe"]["reconstruct"], "as pybsp prune does"
 
 
 @pytest.mark.usefixtures("tiny")
