@@ -25,13 +25,13 @@ from .study import (
     Setting,
     Summary,
     cells,
-    keep_results,
     mean_change,
     read_results,
+    results_of,
     score,
     summaries,
 )
-from .workspace import check_same_options, read_json, write_json, write_text
+from .workspace import check_same_options, read_json, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -299,9 +299,9 @@ def keep(cell: Cell, runner: Runner, arguments: argparse.Namespace) -> str:
     if Path(arguments.model).is_dir():
         places[model_name(arguments)] = Path(arguments.model)
     arguments.results.mkdir(parents=True, exist_ok=True)
-    file = arguments.results / f"{cell.name}.json"
-    write_text(file, keep_results(cell, runner, places))
-    scores = read_results(file)["scores"]
+    results = results_of(cell, runner, places)
+    write_json(arguments.results / f"{cell.name}.json", results)
+    scores = results["scores"]
     before, after = score(scores["dense"]), score(scores["packed"])
     return f"{before:.1f} dense, {after:.1f} pruned"
 

@@ -7,7 +7,6 @@ along, and a study that was stopped goes on with what is missing.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import statistics
@@ -231,11 +230,13 @@ def _program(
     )  # fmt: skip
 
 
-def keep_results(cell: Cell, runner: Runner, places: Mapping[str, Path]) -> str:
-    """The text of ``results.json`` of a cell that is done, with words for absolute
+def results_of(
+    cell: Cell, runner: Runner, places: Mapping[str, Path]
+) -> dict[str, Any]:
+    """What ``results.json`` of a cell that is done holds, with words for absolute
     paths."""
     results = read_results(runner.out(cell) / RESULTS)
-    return json.dumps(_with_words(results, places), indent=2) + "\n"
+    return {key: _with_words(value, places) for key, value in results.items()}
 
 
 def _with_words(value: Any, places: Mapping[str, Path]) -> Any:

@@ -19,16 +19,13 @@ RUN = "run.json"
 RESULTS = "results.json"
 
 
-def write_text(path: Path, text: str) -> None:
+def write_json(path: Path, data: Any) -> None:
     """Write beside ``path``, then rename: the file is either old or new, never half."""
     beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text, encoding="utf-8")
+    beside.write_text(
+        json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    )
     beside.replace(path)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """``data`` as JSON, written as ``write_text`` does."""
-    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def test_words_stand_for_places_and_nothing_else(tmp_path):
     }  # fmt: skip
     (runner.out(cell) / "results.json").write_text(json.dumps(results))
     places = {"OUT": tmp_path / "out", "DATA": tmp_path / "data"}
-    found = json.loads(study.keep_results(cell, runner, places))
+    found = study.results_of(cell, runner, places)
     assert found == {
         **results,
         "options": {"out": "OUT/runs/a", "data": "DATA"},

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import EPS, assert_within, block_sparse_weight, same_bits
+from helpers import EPS, GRIDS, assert_within, block_sparse_weight, same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,28 +16,14 @@ from pybsp.ops.gradients import gradients
 
 # (shape, block shape): runs and gathered columns, rows and flat blocks, extents of
 # fewer and more than a tile of either, more features than one part, single blocks.
-GRIDS = [
-    ((48, 40), (8, 1)),
-    ((64, 37), (16, 1)),
-    ((64, 48), (16, 4)),
-    ((36, 33), (4, 1)),
-    ((36, 44), (4, 4)),
-    ((96, 96), (32, 32)),
-    ((60, 25), (12, 1)),
-    ((35, 27), (5, 3)),
-    ((33, 29), (1, 1)),
+ALL_GRIDS = [
+    *GRIDS,
     ((34, 30), (2, 2)),
-    ((19, 24), (1, 3)),
     ((18, 24), (2, 3)),
     ((21, 40), (3, 10)),
     ((41, 96), (1, 48)),
-    ((17, 31), (1, 31)),
-    ((31, 17), (31, 1)),
-    ((13, 7), (13, 7)),
-    ((1, 1), (1, 1)),
     ((1, 70), (1, 7)),
     ((70, 1), (7, 1)),
-    ((312, 312), (24, 2)),
     ((30, 1200), (3, 1)),
     ((32, 1200), (1, 16)),
     ((26, 1200), (13, 4)),
@@ -91,7 +77,7 @@ def assert_gradients(
 
 
 @pytest.mark.parametrize(
-    ("shape", "block_shape"), GRIDS, ids=lambda pair: "x".join(map(str, pair))
+    ("shape", "block_shape"), ALL_GRIDS, ids=lambda pair: "x".join(map(str, pair))
 )
 def test_matches_float64(isa: str, shape: Any, block_shape: Any) -> None:
     for density in (0.0, 0.05, 0.4, 1.0):
