@@ -25,7 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "ranking": ("norm", "rms", "relative"),
     "saliency": ("magnitude", "taylor", "movement"),
 }
-OVERRIDABLE = ("block_shape", "target_sparsity")
+OVERRIDABLE = ("block_shape", "target_sparsity", "threshold")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,8 @@ class BlockPruningConfig:
             cubic ramp): a fraction of the total steps or a number of steps.
         reweight_eps: ``eps`` of the factors, in units of a block norm.
         overrides: glob over module names -> ``{"block_shape": ..., "target_sparsity":
-            ...}``. A layer with its own target is left out of the global ranking.
+            ..., "threshold": ...}``. A layer with its own target or threshold is left
+            out of the global ranking.
         penalty: ``"gradient"`` adds the penalty's gradient to ``.grad`` before the
             optimizer step (the paper's loss term); ``"decoupled"`` takes its gradient
             step on the weight directly, scaled by the learning rate; ``"proximal"``
@@ -71,6 +72,11 @@ class BlockPruningConfig:
         saliency: what scores a block: the ``"magnitude"`` of its weights (see
             ``ranking``), or gradients gathered until the cut, by first-order
             ``"taylor"`` expansion or as ``"movement"`` away from zero.
+        threshold: cut every block whose score (see ``ranking``) is at most this, in
+            place of a fixed fraction of them (Li et al. 2020). How many that are is up
+            to the training; ``target_sparsity`` does not count then. Needs
+            ``ramp="one_shot"``, ``saliency="magnitude"`` and a scope other than
+            ``"balanced"``.
         packed_retraining: after the cut, train packed layers that hold the kept blocks
             alone instead of masked dense ones: the same steps but for rounding, faster.
             One process, on the CPU, with an optimizer that treats every weight by
@@ -98,6 +104,7 @@ class BlockPruningConfig:
     ramp: Literal["one_shot", "cubic"] = "one_shot"
     ranking: Ranking = "rms"
     saliency: Saliency = "magnitude"
+    threshold: float | None = None
     packed_retraining: bool = False
 
     def __post_init__(self) -> None:
@@ -131,6 +138,16 @@ class BlockPruningConfig:
             )
         set_field(self, "overrides", _check_overrides(self.overrides))
         _check_cap(self)
+        if self.threshold is not None:
+            _check_threshold("threshold", self.threshold)
+        if self.has_threshold:
+            _check_fits_threshold(self)
+
+    @property
+    def has_threshold(self) -> bool:
+        """Whether any layer is cut at a threshold."""
+        own = any("threshold" in settings for settings in self.overrides.values())
+        return own or self.threshold is not None
 
     @property
     def penalised(self) -> bool:
@@ -295,7 +312,7 @@ def _check_overrides(value: object) -> dict[str, dict[str, Any]]:
         unknown = sorted(set(settings) - set(OVERRIDABLE))
         if unknown or not settings:
             raise ValueError(
-                f"overrides[{pattern!r}] may set {' and '.join(OVERRIDABLE)}; "
+                f"overrides[{pattern!r}] may set {', '.join(OVERRIDABLE)}; "
                 f"got {unknown or 'nothing'}"
             )
         checked[pattern] = dict(settings)
@@ -305,7 +322,32 @@ def _check_overrides(value: object) -> dict[str, dict[str, Any]]:
         if "target_sparsity" in settings:
             target = settings["target_sparsity"]
             _check_fraction(f"overrides[{pattern!r}] target_sparsity", target, True)
+        if "threshold" in settings:
+            _check_threshold(f"overrides[{pattern!r}] threshold", settings["threshold"])
+            if "target_sparsity" in settings:
+                raise ValueError(
+                    f"overrides[{pattern!r}] sets both target_sparsity and threshold; "
+                    "a layer has one of them"
+                )
     return checked
+
+
+def _check_threshold(name: str, value: object) -> None:
+    if not _is_number(value) or value <= 0:  # type: ignore[operator]
+        raise ValueError(f"{name} must be a number > 0; got {value!r}")
+
+
+def _check_fits_threshold(cfg: BlockPruningConfig) -> None:
+    for name, wanted in (("ramp", "one_shot"), ("saliency", "magnitude")):
+        if getattr(cfg, name) != wanted:
+            raise ValueError(
+                f"a threshold needs {name}={wanted!r}; got {getattr(cfg, name)!r}"
+            )
+    if cfg.scope == "balanced":
+        raise ValueError(
+            "a threshold does not balance the rows of a layer: use scope='layer' or "
+            "'global', or target_sparsity"
+        )
 
 
 def _check_cap(cfg: BlockPruningConfig) -> None:

@@ -4,7 +4,8 @@ The blocks of a pool of layers are ranked by score and the lowest are removed un
 pool's sparsity is met. With blocks of one size the number removed is exactly
 ``round(sparsity * blocks)``; with mixed sizes the removed weights are within half a
 block of the target. Of equal scores the first stay, so every process that holds the
-same weights arrives at the same masks.
+same weights arrives at the same masks. A layer with a threshold loses all blocks that
+score no more than that, however many they are.
 """
 
 from __future__ import annotations
@@ -32,9 +33,19 @@ class Pool:
     sparsity: float
     balanced: bool = False
 
+    @property
+    def threshold(self) -> float | None:
+        """Of a layer that is cut at one; such a layer is alone."""
+        return self.targets[0].threshold
+
 
 def pools(targets: Sequence[Target], cfg: BlockPruningConfig) -> list[Pool]:
     """One pool per layer, or one for all layers without a target of their own."""
+
+    def is_alone(target: Target) -> bool:
+        own = target.own_sparsity is not None or target.threshold is not None
+        return own or cfg.scope != "global"
+
     single = [
         Pool(
             (t,),
@@ -42,9 +53,9 @@ def pools(targets: Sequence[Target], cfg: BlockPruningConfig) -> list[Pool]:
             balanced=cfg.scope == "balanced",
         )
         for t in targets
-        if cfg.scope != "global" or t.own_sparsity is not None
+        if is_alone(t)
     ]
-    rest = tuple(t for t in targets if cfg.scope == "global" and t.own_sparsity is None)
+    rest = tuple(t for t in targets if not is_alone(t))
     return [Pool(rest, cfg.target_sparsity), *single] if rest else single
 
 
@@ -73,6 +84,8 @@ def norm_scores(
 
 def check_feasible(pool: Pool, max_layer_sparsity: float) -> None:
     """``ValueError`` when the cap leaves a pool more blocks than its target allows."""
+    if pool.threshold is not None:
+        return
     sizes = [t.block_size for t in pool.targets]
     blocks = [t.grid[0] * t.grid[1] for t in pool.targets]
     removable = sum(
@@ -115,6 +128,11 @@ def select_masks(
             score = score.masked_fill(ops.block_mask(score, least), math.inf)
         scores.append(score.flatten())
     flat = torch.cat(scores)
+    if pool.threshold is not None:
+        kept = flat > pool.threshold
+        if int(kept.sum()) < protected:
+            kept = ops.block_mask(flat, protected)
+        return {pool.targets[0].name: kept.view(pool.targets[0].grid)}
     sizes = [t.block_size for t in pool.targets]
     keep = _blocks_to_keep(flat, scores, sizes, level * pool.sparsity)
     keep = max(keep, protected)

@@ -55,6 +55,11 @@ def prune_one_shot(
     that does not run, or inputs that nothing can be fitted to. Whatever is raised,
     ``model`` is as it was.
     """
+    if cfg.has_threshold:
+        raise ValueError(
+            "prune_one_shot ranks blocks by the error of their removal, which a "
+            "threshold of norms does not fit; set target_sparsity instead"
+        )
     model = unwrap_model(model)
     targets = {target.name: target for target in select_targets(model, cfg)}
     groups = pools(list(targets.values()), cfg)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -166,6 +167,7 @@ class BlockPruner:
         """Remove blocks down to the target, now; done already, it does nothing."""
         if not self.at_target:
             self._prune_to(1.0)
+            self._warn_of_thresholds()
             self.at_target = True
             self.regulariser.stop()
             self.saliency.stop()
@@ -298,6 +300,19 @@ class BlockPruner:
             self.cut()
         elif self.cfg.ramp == "cubic" and self.step in self.schedule.reweight_steps:
             self._prune_to(self.schedule.ramp_level(self.step))
+
+    def _warn_of_thresholds(self) -> None:
+        """Thresholds are easily in the wrong unit, and nothing else would tell."""
+        cut = [name for name, t in self.targets.items() if t.threshold is not None]
+        if cut and all(bool(self.masks[name].all()) for name in cut):
+            norms = self.regulariser.norms(self._weights())
+            scores = norm_scores(norms, self.targets, self.cfg.ranking)
+            least = min(float(scores[name].min()) for name in cut)
+            warnings.warn(
+                f"no block scores as little as the threshold, so none was removed; the "
+                f"least is {least:.3g} (ranking={self.cfg.ranking!r})",
+                stacklevel=2,
+            )
 
     def _mask_weights(self) -> None:
         weights = self._weights() if self.masks else {}

@@ -42,6 +42,7 @@ class Target:
     weight_shape: tuple[int, int]
     block_shape: BlockShape
     own_sparsity: float | None = None
+    threshold: float | None = None
     shared_with: tuple[str, ...] = ()
 
     @property
@@ -193,7 +194,10 @@ def _target(
     except ValueError as error:
         raise ValueError(f"module '{name}': {error}") from None
     own_sparsity = settings.get("target_sparsity")
-    return Target(name, shape, block_shape, own_sparsity, shared)
+    threshold = settings.get("threshold", cfg.threshold)
+    if own_sparsity is not None:
+        threshold = None
+    return Target(name, shape, block_shape, own_sparsity, threshold, shared)
 
 
 def _check_overrides_match(

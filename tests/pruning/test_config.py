@@ -79,11 +79,23 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"reweight_eps": 0}, "reweight_eps must be a positive number"),
     ({"overrides": [("a", {})]}, "overrides must map globs"),
     ({"overrides": {"a": 0.5}}, "overrides must map a glob"),
-    ({"overrides": {"a": {}}}, "may set block_shape and target_sparsity"),
-    ({"overrides": {"a": {"scope": "layer"}}}, "may set block_shape and"),
+    ({"overrides": {"a": {}}}, "may set block_shape, target_sparsity"),
+    ({"overrides": {"a": {"scope": "layer"}}}, "may set block_shape,"),
     ({"overrides": {"a": {"target_sparsity": 2}}}, "overrides['a'] target_sparsity"),
     ({"overrides": {"a": {"target_sparsity": 0.99}}}, "exceeds max_layer_sparsity"),
     ({"overrides": {"a": {"block_shape": (1, 0)}}}, "positive integers"),
+    ({"overrides": {"a": {"threshold": -1}}}, "overrides['a'] threshold must be a"),
+    (
+        {"overrides": {"a": {"threshold": 0.1, "target_sparsity": 0.5}}},
+        "overrides['a'] sets both",
+    ),
+    ({"threshold": 0}, "threshold must be a number > 0; got 0"),
+    ({"threshold": 0.1, "ramp": "cubic"}, "a threshold needs ramp='one_shot'"),
+    ({"threshold": 0.1, "scope": "balanced"}, "does not balance"),
+    (
+        {"overrides": {"a": {"threshold": 0.1}}, "saliency": "taylor"},
+        "a threshold needs saliency='magnitude'",
+    ),
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -139,6 +141,18 @@ def test_a_layer_with_its_own_target_leaves_the_pool() -> None:
     masks = masks_of(norms, layers, target_sparsity=0.8)
     assert removed({"": masks["own"]}) == 20
     assert removed({"": masks["l0"]}) == 32
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_a_threshold_removes_what_scores_no_more(scope: str) -> None:
+    score = torch.arange(1.0, 11.0).view(2, 5)
+    norms = [score * math.sqrt(2), score * math.sqrt(2)]  # blocks of two weights
+    layers = [replace(t, threshold=4.0) for t in targets((2, 5), (2, 5))]
+    layers[1] = replace(layers[1], threshold=9.5)
+    masks = masks_of(norms, layers, scope=scope, max_layer_sparsity=0.8)
+    assert torch.equal(masks["l0"], score > 4)
+    # two of ten are protected
+    assert torch.equal(masks["l1"], score > 8)
 
 
 def test_level_scales_the_target() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,33 @@ def removed_weights(pruner: BlockPruner) -> dict[str, int]:
         zero = block_norms(weight, target.block_shape) == 0
         removed[name] = int(zero.sum()) * target.block_size
     return removed
+
+
+def test_a_threshold_cuts_what_has_fallen_to_it() -> None:
+    model, twin = network(), network()
+    optimizer, other = adam(model), adam(twin)
+    cfg = config(threshold=0.02, overrides={"2": {"threshold": 0.1}})
+    pruner = BlockPruner(model, cfg, total_steps=STEPS).attach(optimizer)
+    # the twin takes the same steps and is not cut
+    later = BlockPruner(twin, config(), total_steps=10 * STEPS).attach(other)
+    later.schedule = pruner.schedule
+    later.at_target = True
+    train(twin, other, range(pruner.schedule.cut_step))
+    train(model, optimizer, range(STEPS))
+    removed = 0
+    for name, threshold in (("0", 0.02), ("2", 0.1)):
+        norms = block_norms(twin.get_submodule(name).weight.detach(), (8, 1))
+        assert torch.equal(pruner.masks[name], norms / math.sqrt(8) > threshold)
+        removed += int((norms / math.sqrt(8) <= threshold).sum()) * 8
+    assert 0 < pruner.sparsity < 0.9
+    assert pruner.sparsity == removed / (2 * 16 * 32)
+    pruner.finalize()
+
+
+def test_a_threshold_that_removes_nothing_warns() -> None:
+    pruner = BlockPruner(network(), config(threshold=1e-9), total_steps=STEPS)
+    with pytest.warns(UserWarning, match="none was removed; the least is 0.0"):
+        pruner.cut()
 
 
 @pytest.mark.parametrize("settings", FORMS)

@@ -90,6 +90,15 @@ def test_overrides_set_shape_and_sparsity_by_glob() -> None:
         names(overrides={"*.value": {"target_sparsity": 0.5}})
 
 
+def test_a_threshold_is_that_of_the_layer_or_the_config() -> None:
+    settings = {"*.key": {"threshold": 0.5}, "*.query": {"target_sparsity": 0.5}}
+    cfg = BlockPruningConfig(threshold=0.1, overrides=settings)
+    found = {t.name: t for t in select_targets(small_model(), cfg)}
+    assert found["layer.1.key"].threshold == 0.5
+    assert found["layer.1.query"].threshold is None
+    assert {t.threshold for t in found.values()} == {0.1, 0.5, None}
+
+
 def test_fractions_resolve_for_every_matrix() -> None:
     cfg = BlockPruningConfig(block_shape=("out/2", "in/8"))
     shapes = {t.block_shape for t in select_targets(small_model(), cfg)}
