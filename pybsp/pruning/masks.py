@@ -40,11 +40,12 @@ class Pool:
 
 
 def pools(targets: Sequence[Target], cfg: BlockPruningConfig) -> list[Pool]:
-    """One pool per layer, or one for all layers without a target of their own."""
+    """One pool per layer, or one for all linear layers without a target of their
+    own."""
 
     def is_alone(target: Target) -> bool:
         own = target.own_sparsity is not None or target.threshold is not None
-        return own or cfg.scope != "global"
+        return own or target.is_embedding or cfg.scope != "global"
 
     single = [
         Pool(

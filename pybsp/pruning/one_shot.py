@@ -60,6 +60,11 @@ def prune_one_shot(
             "prune_one_shot ranks blocks by the error of their removal, which a "
             "threshold of norms does not fit; set target_sparsity instead"
         )
+    if cfg.embedding_modules:
+        raise ValueError(
+            "prune_one_shot fits linear layers, and embedding tables are none; leave "
+            "embedding_modules out"
+        )
     model = unwrap_model(model)
     targets = {target.name: target for target in select_targets(model, cfg)}
     groups = pools(list(targets.values()), cfg)

@@ -35,12 +35,12 @@ def count_zero_blocks(weight: torch.Tensor, block_shape: BlockShape) -> int:
 def record_block_shapes(
     model: nn.Module, targets: Iterable[Target], block_shape: BlockShapeSpec
 ) -> dict[str, Any]:
-    """Set ``pybsp_block_shape`` on every pruned linear module and, when the model has a
+    """Set ``pybsp_block_shape`` on every pruned module and, when the model has a
     ``config`` object, its ``quantization_config``. Returns that record."""
-    linears = linear_modules(model)
     for target in targets:
         for name in (target.name, *target.shared_with):
-            linears[name].pybsp_block_shape = target.block_shape  # type: ignore[assignment]
+            module = model.get_submodule(name)
+            module.pybsp_block_shape = target.block_shape  # type: ignore[assignment]
     record = sparsity_record(model, block_shape)
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):

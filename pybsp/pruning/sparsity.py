@@ -16,7 +16,7 @@ from .targets import unwrap_model
 
 @dataclass(frozen=True)
 class LayerSparsity:
-    """One linear layer. ``zeros`` counts single weights, ``zero_blocks`` whole blocks;
+    """One layer. ``zeros`` counts single weights, ``zero_blocks`` whole blocks;
     ``block_shape`` is None where none is recorded, and the block counts are 0 then."""
 
     name: str
@@ -39,7 +39,7 @@ class LayerSparsity:
 
 @dataclass(frozen=True)
 class ModelSparsity:
-    """Linear layers of a model, and its parameters overall."""
+    """Linear layers of a model, its pruned embeddings, and its parameters overall."""
 
     layers: tuple[LayerSparsity, ...]
     parameters: int
@@ -72,7 +72,8 @@ class ModelSparsity:
 
 
 def model_sparsity(model: nn.Module) -> ModelSparsity:
-    """Count zeros and zero blocks in every linear layer, dense or packed.
+    """Count zeros and zero blocks in every linear layer, dense or packed, and in the
+    embeddings that were pruned.
 
     A weight that several modules share is counted once. In a packed model the removed
     blocks count as zero weights, also among the parameters.
@@ -83,7 +84,9 @@ def model_sparsity(model: nn.Module) -> ModelSparsity:
     removed = 0
     for name, module in model.named_modules():
         values = getattr(module, "weight_values", None)
-        if isinstance(module, nn.Linear) and id(module.weight) not in seen:
+        is_pruned = recorded_block_shape(module) is not None
+        kinds = (nn.Linear, nn.Embedding) if is_pruned else nn.Linear
+        if isinstance(module, kinds) and id(module.weight) not in seen:
             seen.add(id(module.weight))
             layers.append(_dense_layer(name, module))
         elif isinstance(values, torch.Tensor):
@@ -119,7 +122,7 @@ def _row(layer: LayerSparsity) -> tuple[str, ...]:
     return layer.name, shape, block, zero_blocks, f"{100 * layer.sparsity:.2f} %"
 
 
-def _dense_layer(name: str, module: nn.Linear) -> LayerSparsity:
+def _dense_layer(name: str, module: nn.Linear | nn.Embedding) -> LayerSparsity:
     weight = module.weight.detach()
     shape = (weight.shape[0], weight.shape[1])
     block_shape = recorded_block_shape(module)

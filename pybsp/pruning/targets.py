@@ -1,4 +1,4 @@
-"""Which linear layers of a model are pruned, and in which blocks."""
+"""Which linear layers and embeddings of a model are pruned, and in which blocks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Target:
     """One weight to prune.
 
     ``name`` is the module's name in the unwrapped model; ``shared_with`` are further
-    linear modules that hold the same weight.
+    modules that hold the same weight.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Target:
     own_sparsity: float | None = None
     threshold: float | None = None
     shared_with: tuple[str, ...] = ()
+    is_embedding: bool = False
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -78,6 +79,11 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
+def embedding_modules(model: nn.Module) -> dict[str, nn.Embedding]:
+    """Every embedding table by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+
+
 def select_targets(model: nn.Module, cfg: BlockPruningConfig) -> list[Target]:
     """The weights that ``cfg`` prunes in ``model``, in the model's order.
 
@@ -108,19 +114,43 @@ def select_targets(model: nn.Module, cfg: BlockPruningConfig) -> list[Target]:
     if not matched:
         check_not_packed(model)
         raise ValueError(_nothing_matched(linears, cfg))
-    _check_overrides_match(matched, cfg)
+    chosen: dict[str, nn.Linear | nn.Embedding] = {**matched, **_embeddings(model, cfg)}
+    _check_overrides_match(chosen, cfg)
     return [
-        _target(name, module, cfg, tuple(shared[id(module.weight)][1:]))
-        for name, module in matched.items()
+        _target(name, module, cfg, tuple(shared.get(id(module.weight), ())[1:]))
+        for name, module in chosen.items()
     ]
+
+
+def _embeddings(model: nn.Module, cfg: BlockPruningConfig) -> dict[str, nn.Embedding]:
+    """The embedding tables that ``cfg`` prunes, by name."""
+    tables = embedding_modules(model)
+    found = {n: m for n, m in tables.items() if _is_named(n, cfg.embedding_modules)}
+    if cfg.embedding_modules and not found:
+        raise ValueError(
+            f"embedding_modules={cfg.embedding_modules!r} matches no embedding table; "
+            f"the model's are: {', '.join(tables) or 'none'}"
+        )
+    for name, module in found.items():
+        _check_prunable(name, module.weight, cfg)
+        if module.sparse or not module.weight.requires_grad:
+            raise ValueError(
+                f"the embedding '{name}' is frozen or has sparse gradients; set "
+                "requires_grad_(True) and sparse=False, or leave it out"
+            )
+    return found
+
+
+def _is_named(name: str, wanted: str | tuple[str, ...]) -> bool:
+    """Whether a regular expression, or one of several endings, names this module."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == end or name.endswith("." + end) for end in wanted)
 
 
 def _is_selected(name: str, cfg: BlockPruningConfig) -> bool:
     wanted = cfg.target_modules
-    if isinstance(wanted, str):
-        if wanted != "all-linear" and not re.fullmatch(wanted, name):
-            return False
-    elif not any(name == end or name.endswith("." + end) for end in wanted):
+    if wanted != "all-linear" and not _is_named(name, wanted):
         return False
     excluded = DEFAULT_EXCLUDED if cfg.exclude_modules is None else cfg.exclude_modules
     return not is_among(name, excluded)
@@ -183,7 +213,10 @@ def _override(name: str, cfg: BlockPruningConfig) -> Mapping[str, Any]:
 
 
 def _target(
-    name: str, module: nn.Linear, cfg: BlockPruningConfig, shared: tuple[str, ...]
+    name: str,
+    module: nn.Linear | nn.Embedding,
+    cfg: BlockPruningConfig,
+    shared: tuple[str, ...],
 ) -> Target:
     settings = _override(name, cfg)
     shape = (module.weight.shape[0], module.weight.shape[1])
@@ -197,11 +230,14 @@ def _target(
     threshold = settings.get("threshold", cfg.threshold)
     if own_sparsity is not None:
         threshold = None
-    return Target(name, shape, block_shape, own_sparsity, threshold, shared)
+    return Target(
+        name, shape, block_shape, own_sparsity, threshold, shared,
+        is_embedding=isinstance(module, nn.Embedding),
+    )  # fmt: skip
 
 
 def _check_overrides_match(
-    matched: Mapping[str, nn.Linear], cfg: BlockPruningConfig
+    matched: Mapping[str, object], cfg: BlockPruningConfig
 ) -> None:
     for pattern in cfg.overrides:
         if not any(fnmatchcase(name, pattern) for name in matched):

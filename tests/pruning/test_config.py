@@ -89,6 +89,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"overrides": {"a": {"threshold": 0.1, "target_sparsity": 0.5}}},
         "overrides['a'] sets both",
     ),
+    ({"embedding_modules": "("}, "embedding_modules is not a regular expression"),
+    (
+        {"embedding_modules": ["word"], "packed_retraining": True},
+        "packed_retraining trains packed linear layers",
+    ),
     ({"threshold": 0}, "threshold must be a number > 0; got 0"),
     ({"threshold": 0.1, "ramp": "cubic"}, "a threshold needs ramp='one_shot'"),
     ({"threshold": 0.1, "scope": "balanced"}, "does not balance"),

@@ -94,9 +94,11 @@ def test_later_layers_make_up_for_earlier_ones() -> None:
     assert error(whole, dense) < 0.9 * before
 
 
-def test_a_threshold_of_norms_is_refused() -> None:
+def test_what_reconstruction_cannot_do_is_refused() -> None:
     with pytest.raises(ValueError, match="which a threshold of norms does not fit"):
         prune_one_shot(Network(), config(threshold=0.1), batches())
+    with pytest.raises(ValueError, match="embedding tables are none"):
+        prune_one_shot(Network(), config(embedding_modules=["words"]), batches())
 
 
 def test_padding_does_not_count() -> None:

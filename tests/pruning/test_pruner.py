@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pybsp import BlockPruner, BlockPruningConfig
+from pybsp import BlockPruner, BlockPruningConfig, preserve_sparsity
 from pybsp.nn import BlockSparseLinear
+from pybsp.pruning import model_sparsity
 from pybsp.pruning.penalty import block_norms
 from pybsp.pruning.schedule import Phase
 from pybsp.pruning.state import load_state, save_state
@@ -93,6 +94,66 @@ def test_a_threshold_cuts_what_has_fallen_to_it() -> None:
     assert 0 < pruner.sparsity < 0.9
     assert pruner.sparsity == removed / (2 * 16 * 32)
     pruner.finalize()
+
+
+class Words(nn.Module):
+    """Embeddings and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(40, 16, padding_idx=0)
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.linear(self.words(ids))
+        return result
+
+    def fit(self, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for step in range(steps):
+            optimizer.zero_grad()
+            ids = (torch.arange(64) * 7 + step) % 40
+            F.mse_loss(self(ids), F.one_hot(ids % 16, 16).float()).backward()
+            optimizer.step()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_embeddings_are_pruned_to_the_target_by_themselves(
+    form: dict[str, Any],
+) -> None:
+    model = Words()
+    cfg = config(
+        **{**form, "block_shape": (1, 4)},
+        embedding_modules=["words"], target_sparsity=0.5,
+    )  # fmt: skip
+    optimizer = adam(model)
+    pruner = BlockPruner(model, cfg, total_steps=STEPS).attach(optimizer)
+    model.fit(optimizer, STEPS)
+    pruner.finalize()
+    for module in (model.words, model.linear):
+        norms = block_norms(module.weight.detach(), (1, 4))
+        assert int((norms == 0).sum()) == norms.numel() // 2
+    counted = {layer.name: layer for layer in model_sparsity(model).layers}
+    assert counted["words"].zero_blocks == 80
+    assert counted["words"].block_shape == (1, 4)
+
+
+def test_zeros_of_embeddings_stay() -> None:
+    model = Words()
+    with torch.no_grad():
+        model.words.weight[5, :4] = 0
+        model.linear.weight[:8] = 0
+    optimizer = adam(model)
+    with preserve_sparsity(model, optimizer) as kept:
+        assert set(kept.modules) == {"words", "linear"}
+        model.fit(optimizer, 3)
+    assert not model.words.weight[5, :4].any()
+    # the row of padding is zero by itself
+    model = Words()
+    with torch.no_grad():
+        model.linear.weight[:8] = 0
+    with preserve_sparsity(model, adam(model)) as kept:
+        assert kept.modules == ("linear",)
 
 
 def test_a_threshold_that_removes_nothing_warns() -> None:

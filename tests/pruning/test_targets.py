@@ -46,6 +46,20 @@ def test_all_linear_leaves_out_embeddings_and_heads() -> None:
     assert names() == ALL
 
 
+def test_embeddings_are_taken_in_by_name() -> None:
+    assert names(embedding_modules=["word"], block_shape=(1, 8)) == [
+        *ALL,
+        "embeddings.word",
+    ]
+    with pytest.raises(ValueError, match="no embedding table; the model's are: embed"):
+        names(embedding_modules=["words"])
+    with pytest.raises(ValueError, match=r"'embeddings.word': .*does not divide"):
+        names(embedding_modules=["word"])
+    sparse = nn.ModuleDict({"word": nn.Embedding(8, 8, sparse=True), **small_model()})
+    with pytest.raises(ValueError, match="'word' is frozen or has sparse gradients"):
+        names(sparse, embedding_modules=r"word")
+
+
 def test_endings_and_expressions() -> None:
     queries = ["layer.0.query", "layer.1.query"]
     assert names(target_modules=["query"]) == queries
