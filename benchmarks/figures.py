@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter
 
 from benchmarks.layers import family
 from benchmarks.section import block_text
-from benchmarks.tables import ROOT, latencies, load, studied
+from benchmarks.tables import ROOT, by_default, latencies, load
 
 #: Okabe and Ito's colours, which the colour-blind tell apart, each with a marker.
 STYLES = {
@@ -238,7 +238,7 @@ def _line(
 
 def accuracy() -> Figure | None:
     """What pruning costs, over sparsity and over measured latency."""
-    found = studied(("reconstruct",))
+    found = by_default()
     tasks = set.intersection(*(set(row) for row in found.values())) if found else set()
     if not tasks:
         return None

@@ -12,6 +12,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +44,26 @@ def score(run: dict[str, Any], stage: str) -> str:
     return " / ".join(f"{100 * found[metric]:.1f}" for metric in run["task"]["metrics"])
 
 
-def studied(variants: Sequence[str]) -> dict[study.Setting, dict[str, study.Summary]]:
-    """What ``pybsp glue`` found, in the order of variants, blocks and sparsities."""
-    files = sorted((RESULTS / "glue").glob("*.json"))
-    cells = [study.Cell.from_name(file.stem) for file in files]
-    found = study.summaries(
-        RESULTS / "glue", (cell for cell in cells if cell.variant in variants)
+def studied() -> list[study.Cell]:
+    """The runs of ``pybsp glue`` in the order of blocks, sparsities and variants."""
+    files = (RESULTS / "glue").glob("*.json")
+    order = list(study.VARIANTS)
+    return sorted(
+        (study.Cell.from_name(file.stem) for file in files),
+        key=lambda c: (c.block, c.sparsity, order.index(c.variant), c.task, c.seed),
     )
-    return dict(
-        sorted(found.items(), key=lambda i: (variants.index(i[0][0]), i[0][2], i[0][1]))
-    )
+
+
+def by_default() -> dict[study.Setting, dict[str, study.Summary]]:
+    """What the default recipe gave."""
+    cells = (cell for cell in studied() if cell.variant == "reconstruct")
+    return study.summaries(RESULTS / "glue", cells)
+
+
+def final_score(cell: study.Cell) -> float:
+    """Of the packed model."""
+    file = RESULTS / "glue" / f"{cell.name}.json"
+    return study.score(study.read_results(file)["scores"]["packed"])
 
 
 def latencies() -> dict[tuple[float, str], dict[str, Any]]:
@@ -89,7 +100,7 @@ def score_rows(
 
 def glue() -> str:
     """Dev scores by block and sparsity: the dense model's first."""
-    found, timed = studied(("reconstruct",)), latencies()
+    found, timed = by_default(), latencies()
     tasks = [task for task in GLUE_TASKS if any(task in row for row in found.values())]
     dense = {task: statistics.fmean(dense_scores(task).values()) for task in tasks}
     rows = [["", "dense", *(f"{dense[task]:.1f}" for task in tasks), "", "", ""]]
@@ -119,20 +130,36 @@ def glue() -> str:
 
 
 def glue_variants() -> str:
-    """What changes when one thing of the recipe does."""
-    names = tuple(study.VARIANTS)
-    found = {k: v for k, v in studied(names).items() if k[1:] == (0.8, "8,1")}
-    others = {
-        task for (name, *_), row in found.items() if name != names[0] for task in row
+    """What changes when one thing of the recipe does: the same tasks and seeds."""
+    cells = set(studied())
+    pairs = {
+        cell: default
+        for cell in studied()
+        if (default := replace(cell, variant="reconstruct")) in cells
+        if cell != default
     }
-    tasks = [task for task in GLUE_TASKS if task in others]
-    shared = {k: {t: row[t] for t in tasks if t in row} for k, row in found.items()}
-    found = {key: row for key, row in shared.items() if row}
-    rows = [
-        [name, *scores]
-        for (name, *_), scores in zip(found, score_rows(found, tasks), strict=True)
-    ]
-    return markdown(["variant", *tasks, "mean change"], rows)
+    found = study.summaries(
+        RESULTS / "glue", (c for c in studied() if c in pairs or c in pairs.values())
+    )
+    tasks = [task for task in GLUE_TASKS if any(task in row for row in found.values())]
+    rows = []
+    for setting, scores in zip(found, score_rows(found, tasks), strict=True):
+        variant, sparsity, block = setting
+        differences = [
+            final_score(cell) - final_score(default)
+            for cell, default in pairs.items()
+            if (cell.variant, cell.sparsity, cell.block) == setting
+        ]
+        paired = ""
+        if differences:
+            paired = f"{statistics.fmean(differences):+.1f}"
+            if len(differences) > 1:
+                error = statistics.stdev(differences) / len(differences) ** 0.5
+                paired += f" +- {error:.1f}"
+        block = f"({block.replace(',', ', ')})"
+        rows.append([variant, block, f"{sparsity:.0%}", *scores[: len(tasks)], paired])
+    head = ["variant", "block", "sparsity", *tasks, "against `reconstruct`"]
+    return markdown(head, rows)
 
 
 def linear() -> str:

@@ -53,6 +53,18 @@ def fraction(text: str) -> float:
     return value
 
 
+def cuts(text: str) -> tuple[float, ...]:
+    """``none``, or fractions below 1 separated by commas."""
+    if text == "none":
+        return ()
+    values = tuple(_number(part) for part in text.split(","))
+    if not all(0 < value < 1 for value in values):
+        raise argparse.ArgumentTypeError(
+            f"must be 'none' or fractions such as 0.8,0.9; got {text!r}"
+        )
+    return values
+
+
 def share(text: str) -> float:
     """A number from 0 to 1."""
     value = _number(text)

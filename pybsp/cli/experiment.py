@@ -1,8 +1,9 @@
 """One pruning experiment from a pretrained model to a packed, measured checkpoint.
 
-Stages, each recorded in the workspace when it is done: fine-tune dense; prune and
-retrain in one Trainer run, evaluating right after the cut; pack, reload, compare and
-time; write the folder.
+Stages, each recorded in the workspace when it is done: fine-tune dense; cut to a first
+sparsity and train there, where there is to be more than one cut; prune and retrain in
+one Trainer run, evaluating right after the cut; pack, reload, compare and time; write
+the folder.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import copy
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from ..integrations.distillation import DistillationConfig
 from ..integrations.trainer import STATE_NAME, BlockPruningCallback
@@ -103,13 +104,7 @@ class Experiment:
                     self.fit_settings("dense"), self.workspace.folder / "dense_run",
                 )  # fmt: skip
                 name_labels(model, self.data.task.labels)
-                self.workspace.write_folder(
-                    "dense",
-                    lambda part: (
-                        model.save_pretrained(part),
-                        tokenizer.save_pretrained(part),
-                    ),
-                )
+                self.save(model, tokenizer, "dense")
             return {
                 "scores": self.score(model, tokenizer),
                 "seconds": round(time.perf_counter() - started, 1),
@@ -131,26 +126,15 @@ class Experiment:
                 "magnitude_cut", lambda: self.magnitude_cut(model, tokenizer)
             )
             features = self.encode(tokenizer, train=True)
-            pruning = BlockPruningCallback(
-                self.config,
-                **self.distillation(dense),
-                restart_learning_rate=self.recipe.schedule == "restart",
-            )
+            for sparsity in self.recipe.first_cuts:
+                model = self.first_cut(sparsity, model, tokenizer, features, dense)
             if self.recipe.reconstruct:
-                model = self.reconstructed(model, tokenizer, features)
-            if not self.recipe.dropout:
-                turn_off_dropout(model)
-            torch.manual_seed(self.recipe.seed)
-            fit(
-                model, features, tokenizer, self.fit_settings("pruning"),
-                self.workspace.folder / "pruning_run",
-                callbacks=[
-                    pruning,
-                    WatchCut(
-                        pruning, self.workspace, lambda m: self.score(m, tokenizer)
-                    ),
-                ],
-                whole=(TRAINER_STATE, STATE_NAME),
+                model = self.reconstructed(
+                    model, tokenizer, features, self.config, "reconstructed", AFTER_CUT
+                )
+            self.train(
+                model, tokenizer, features, dense, self.config,
+                self.fit_settings("pruning"), "pruning_run", watch=True,
             )  # fmt: skip
             model.add_model_tags(["pybsp", "block-sparse"])
             self.workspace.write_folder(
@@ -234,30 +218,112 @@ class Experiment:
             ),
         }
 
-    def reconstructed(
-        self, model: PreTrainedModel, tokenizer: Any, features: Features
+    def first_cut(
+        self,
+        sparsity: float,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        features: Features,
+        dense: Path,
     ) -> PreTrainedModel:
-        """The model cut by reconstruction, and what it is worth before any training."""
-        folder = self.workspace.folder / "reconstructed"
+        """The model cut to ``sparsity``, which is not the last, and trained there."""
+        percent = f"{100 * sparsity:g}"
+        stage = f"first_cut_{percent}"
+        config = replace(self.config, target_sparsity=sparsity)
 
         def work() -> dict[str, Any]:
-            pruner = BlockPruner(model, self.config, total_steps=1000)
-            record_norms(self.workspace, pruner, "fine_tuned")
-            texts = self.calibration(features)
-            prune_one_shot(model, self.config, batches(texts, tokenizer))
-            self.workspace.write_folder(
-                "reconstructed",
-                lambda part: (
-                    model.save_pretrained(part),
-                    tokenizer.save_pretrained(part),
-                ),
+            cut = self.reconstructed(
+                model, tokenizer, features, config, f"reconstructed_{percent}",
+                f"{AFTER_CUT}_{percent}",
+            )  # fmt: skip
+            rate = self.recipe.learning_rate_after(sparsity)
+            settings = replace(
+                self.fit_settings("pruning"),
+                epochs=self.recipe.epochs_after(sparsity),
+                learning_rate=rate,
+                title=f"training at {percent} %",
             )
+            self.train(
+                cut, tokenizer, features, dense, config, settings, f"{stage}_run"
+            )
+            self.save(cut, tokenizer, stage)
+            return {
+                "scores": self.score(cut, tokenizer),
+                "sparsity": sparsity,
+                "epochs": settings.epochs,
+                "learning_rate": rate,
+            }
+
+        self.workspace.once(stage, work)
+        return self.load(stage)
+
+    def reconstructed(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        features: Features,
+        config: BlockPruningConfig,
+        name: str,
+        stage: str,
+    ) -> PreTrainedModel:
+        """The model cut by reconstruction, and what it is worth before any training."""
+
+        def work() -> dict[str, Any]:
+            if "fine_tuned" not in self.workspace.stages.get(NORMS, {}):
+                pruner = BlockPruner(model, config, total_steps=1000)
+                record_norms(self.workspace, pruner, "fine_tuned")
+            texts = self.calibration(features)
+            prune_one_shot(model, config, batches(texts, tokenizer))
+            self.save(model, tokenizer, name)
             return {"scores": self.score(model, tokenizer), "step": 0}
 
-        self.workspace.once(AFTER_CUT, work)
-        cut, _ = load_classifier(str(folder), self.data.task.outputs)
-        unpack_(cut)
-        return cut  # type: ignore[no-any-return]
+        self.workspace.once(stage, work)
+        return self.load(name)
+
+    def train(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        features: Features,
+        dense: Path,
+        config: BlockPruningConfig,
+        settings: Fit,
+        folder: str,
+        *,
+        watch: bool = False,
+    ) -> None:
+        """A Trainer run that prunes to ``config``, or keeps what is pruned so."""
+        pruning = BlockPruningCallback(
+            config,
+            **self.distillation(dense),
+            restart_learning_rate=self.recipe.schedule == "restart",
+        )
+        callbacks: list[TrainerCallback] = [pruning]
+        if watch:
+            callbacks.append(
+                WatchCut(pruning, self.workspace, lambda m: self.score(m, tokenizer))
+            )
+        if not self.recipe.dropout:
+            turn_off_dropout(model)
+        torch.manual_seed(self.recipe.seed)
+        fit(
+            model, features, tokenizer, settings, self.workspace.folder / folder,
+            callbacks, whole=(TRAINER_STATE, STATE_NAME),
+        )  # fmt: skip
+
+    def save(self, model: PreTrainedModel, tokenizer: Any, name: str) -> None:
+        """Keep a model that is between two stages."""
+        self.workspace.write_folder(
+            name,
+            lambda part: (model.save_pretrained(part), tokenizer.save_pretrained(part)),
+        )
+
+    def load(self, name: str) -> PreTrainedModel:
+        """What ``save`` kept, dense with zero blocks."""
+        folder = self.workspace.folder / name
+        model, _ = load_classifier(str(folder), self.data.task.outputs)
+        unpack_(model)
+        return model  # type: ignore[no-any-return]
 
     def calibration(self, features: Features) -> Features:
         """Training examples drawn at random, as many as have the tokens wanted."""
@@ -274,7 +340,11 @@ class Experiment:
         recipe = self.recipe
         is_dense = run == "dense"
         return Fit(
-            epochs=recipe.epochs_dense if is_dense else recipe.epochs,
+            epochs=(
+                recipe.epochs_dense
+                if is_dense
+                else recipe.epochs_after(self.config.target_sparsity)
+            ),
             learning_rate=(
                 recipe.dense_learning_rate if is_dense else recipe.learning_rate
             ),
@@ -328,6 +398,10 @@ class Experiment:
             },
             "metric": task.metrics[0],
             "scores": scores,
+            "first_cuts": [
+                stages[f"first_cut_{100 * sparsity:g}"]
+                for sparsity in self.recipe.first_cuts
+            ],
             "block_norms": stages[NORMS],
             "seconds": {
                 "dense": stages["dense"]["seconds"],

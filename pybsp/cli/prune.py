@@ -11,7 +11,7 @@ from . import tasks
 from .errors import UsageError
 from .main import Result
 from .prune_options import add_arguments
-from .recipe import RECIPES, Recipe, Subject
+from .recipe import RECIPES, Recipe, Subject, first_cuts
 
 if TYPE_CHECKING:
     from ..pruning import BlockPruningConfig
@@ -135,12 +135,32 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
         distill=given("distill"),
         distill_hidden=given("distill_hidden"),
         reconstruct=defaults.reconstruct,
+        first_cuts=cuts_before(arguments),
         dropout=given("dropout"),
         bfloat16=arguments.bf16,
         schedule=given("schedule"),
         seconds=arguments.seconds,
         onnx=not arguments.no_onnx,
     )
+
+
+def cuts_before(arguments: argparse.Namespace) -> tuple[float, ...]:
+    """Sparsities of the cuts before the last one."""
+    given: tuple[float, ...] | None = arguments.first_cuts
+    if not RECIPES[arguments.recipe].reconstruct:
+        if given:
+            raise UsageError(
+                "--first-cuts is for the recipe 'reconstruct'; the others remove "
+                "blocks in the course of a run: leave it out"
+            )
+        return ()
+    found = first_cuts(arguments.sparsity) if given is None else given
+    if list(found) != sorted({*found}) or any(s >= arguments.sparsity for s in found):
+        raise UsageError(
+            f"--first-cuts must rise and stay below --sparsity {arguments.sparsity:g}; "
+            f"got {','.join(f'{s:g}' for s in found)}"
+        )
+    return found
 
 
 def prune_learning_rate(arguments: argparse.Namespace) -> float:
@@ -192,6 +212,7 @@ def run_options(
         "block_shape": config.to_dict()["block_shape"],
         "phases": config.to_dict()["phases"],
         "prune_lr": prune_learning_rate(arguments),
+        "first_cuts": list(cuts_before(arguments)),
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from .arguments import (
     block_shape,
+    cuts,
     fraction,
     fractions,
     lambda_value,
@@ -90,6 +91,14 @@ def add_method(group: Any) -> None:
         "and remove blocks bit by bit, then retrain; 'paper': the published form (Li "
         "et al. 2020). It sets the options below, unless they are given (default: "
         "%(default)s)",
+    )
+    group.add_argument(
+        "--first-cuts",
+        type=cuts,
+        metavar="S,...",
+        help="in the recipe 'reconstruct', cut to these sparsities first and train a "
+        "while after each, within --epochs (default: 0.6 for a --sparsity above 0.7, "
+        "0.6,0.8 above 0.85, 0.6,0.8,0.9 above 0.925, and so on; else none)",
     )
     for name, text in (
         ("method", "penalty on block norms"),

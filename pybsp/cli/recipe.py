@@ -33,6 +33,20 @@ class Defaults:
         return min(self.learning_rate, 1 / (1 - sparsity))
 
 
+#: The first of several cuts leaves this fraction of the weights, and the next one half.
+FIRST_DENSITY = 0.4
+
+
+def first_cuts(sparsity: float) -> tuple[float, ...]:
+    """Sparsities of the cuts before the last one: none down to two fifths of the
+    weights, and then no cut that removes much more than half of what is left."""
+    density, found = FIRST_DENSITY, []
+    while 1 - sparsity < 0.75 * density:
+        found.append(round(1 - density, 4))
+        density /= 2
+    return tuple(found)
+
+
 RECIPES = {
     "reconstruct": Defaults(
         {"method": "magnitude", "phases": (0.0, 0.0, 1.0), "packed_retraining": True},
@@ -60,7 +74,8 @@ class Recipe:
     ``distill`` is the weight of the dense model's logits in the loss of the pruning
     run, ``distill_hidden`` that of its hidden states. With ``reconstruct`` the dense
     model is cut by reconstruction first, on training texts of ``calibration`` tokens,
-    and the run trains what is left. ``dropout`` is that of the model, or none while
+    and the run trains what is left; with ``first_cuts`` it comes there in several cuts,
+    and trains after each. ``dropout`` is that of the model, or none while
     pruning; ``bfloat16`` is for products of the dense run. ``schedule`` of the learning
     rate while pruning: ``"hold"`` keeps it up to the cut and then lets it fall to zero,
     ``"restart"`` plays the fall once up to the cut and once after it, as two separate
@@ -81,11 +96,22 @@ class Recipe:
     dropout: bool = True
     bfloat16: bool = False
     calibration: int = 32768
+    first_cuts: tuple[float, ...] = ()
     schedule: str = "hold"
     checkpoints: int = 6
     sequence: int = 128
     seconds: float = 6.0
     onnx: bool = True
+
+    def epochs_after(self, sparsity: float) -> float:
+        """The part of ``epochs`` that follows a cut: the last one has twice the share
+        of each before it."""
+        shares = len(self.first_cuts) + 2
+        return self.epochs * (1 if sparsity in self.first_cuts else 2) / shares
+
+    def learning_rate_after(self, sparsity: float) -> float:
+        """Of a cut before the last one: what is left then takes no higher rate."""
+        return min(self.learning_rate, self.dense_learning_rate / (1 - sparsity))
 
 
 @dataclass(frozen=True)

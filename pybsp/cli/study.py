@@ -36,6 +36,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "--recipe", "ramp", "--method", "magnitude", "--saliency", "movement",
         "--distill-hidden", "1", "--no-dropout",
     ),
+    "one-cut": ("--first-cuts", "none"),
     "labels-alone": ("--distill", "0", "--distill-hidden", "0"),
     "logits-alone": ("--distill-hidden", "0"),
     "dropout": ("--dropout",),
@@ -53,6 +54,7 @@ ABLATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "structure": (("reconstruct",), ("8,1", "1,1", "1,in", "out,1")),
     "ranking": (("reconstruct", "per-layer", "balanced"), ("8,1", "1,in/8")),
     "penalty": (("reweighted", "fixed", "no-penalty"), ("8,1",)),
+    "cuts": (("reconstruct", "one-cut"), ("8,1",)),
     "recipe": (
         ("reconstruct", "norm-cut", "taylor", "logits-alone", "labels-alone", "dropout",
          "reweighted", "paper"),

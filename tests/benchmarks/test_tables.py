@@ -61,6 +61,9 @@ def test_studies_stand_beside_the_dense_model(results: Path) -> None:
         ("cola-reconstruct-80-8x1-seed0", 0.30, 0.31),
         ("mrpc-reconstruct-44-8x1-seed0", 0.86, 0.87),
         ("mrpc-logits-alone-80-8x1-seed0", 0.86, 0.84),
+        ("cola-logits-alone-80-8x1-seed0", 0.30, 0.28),
+        ("mrpc-dropout-44-8x1-seed0", 0.86, 0.90),
+        ("mrpc-dropout-90-8x1-seed0", 0.86, 0.10),
     ):
         scores = {"dense": {"accuracy": dense}, "packed": {"accuracy": packed}}
         text = json.dumps({"scores": scores, "options": {}})
@@ -75,8 +78,10 @@ def test_studies_stand_beside_the_dense_model(results: Path) -> None:
         "| (8, 1) | 80% | 85.5 +- 0.7 (-1.5) | 31.0 (+1.0) | -0.2 | 2.00 | 4.0x |",
     ]
     assert tables.glue_variants().splitlines()[2:] == [
-        "| reconstruct | 85.5 +- 0.7 (-1.5) | -1.5 |",
-        "| logits-alone | 84.0 (-2.0) | -2.0 |",
+        "| reconstruct | (8, 1) | 44% | 87.0 (+1.0) |  |  |",
+        "| dropout | (8, 1) | 44% | 90.0 (+4.0) |  | +3.0 |",
+        "| reconstruct | (8, 1) | 80% | 85.0 (-1.0) | 31.0 (+1.0) |  |",
+        "| logits-alone | (8, 1) | 80% | 84.0 (-2.0) | 28.0 (-2.0) | -2.0 +- 1.0 |",
     ]
     assert figures.accuracy() is not None
 

@@ -108,7 +108,7 @@ def test_options_of_every_ablation_are_those_of_prune(cli, arguments, name):
     run = cli(*arguments, "--ablation", name, "--list")
     assert run.status == 0, run.stderr
     variants, blocks = ABLATIONS[name]
-    assert len(run.data["runs"]) == len(variants) * len(blocks) > 2
+    assert len(run.data["runs"]) == len(variants) * len(blocks) > 1
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -10,8 +10,8 @@ from transformers import pipeline
 from pybsp.cli import experiment, tasks, training
 from pybsp.cli.main import build_parser, main
 from pybsp.cli.models import load_classifier
-from pybsp.cli.prune import prune_learning_rate
-from pybsp.cli.recipe import RECIPES
+from pybsp.cli.prune import prune_learning_rate, recipe
+from pybsp.cli.recipe import RECIPES, first_cuts
 
 from .conftest import prune_arguments, write_sst2
 
@@ -157,12 +157,12 @@ def test_single_weights_whole_rows_and_whole_columns(
 
 
 @pytest.mark.parametrize(
-    ("recipe", "sparsity", "factor"),
+    ("name", "sparsity", "factor"),
     [("reconstruct", 0.5, 2), ("reconstruct", 0.8, 5), ("reconstruct", 0.9, 5),
      ("ramp", 0.5, 2), ("ramp", 0.9, 2)],
 )  # fmt: skip
-def test_fewer_weights_take_a_higher_learning_rate(recipe, sparsity, factor):
-    found = RECIPES[recipe].learning_rate_at(sparsity)
+def test_fewer_weights_take_a_higher_learning_rate(name, sparsity, factor):
+    found = RECIPES[name].learning_rate_at(sparsity)
     assert found == pytest.approx(factor)
 
 
@@ -171,6 +171,35 @@ def test_a_learning_rate_that_is_not_given_has_two_digits():
     assert prune_learning_rate(build_parser(line).parse_args(line)) == 1.8e-4
     line += ["--prune-lr", "1.785e-4"]
     assert prune_learning_rate(build_parser(line).parse_args(line)) == 1.785e-4
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "before"),
+    [(0.5, ()), (0.7, ()), (0.71, (0.6,)), (0.8, (0.6,)), (0.9, (0.6, 0.8)),
+     (0.95, (0.6, 0.8, 0.9))],
+)  # fmt: skip
+def test_high_sparsities_take_several_cuts(sparsity, before):
+    assert first_cuts(sparsity) == before
+
+
+def test_epochs_are_shared_between_cuts():
+    line = ["prune", "--model", "m", "--task", "sst2", "--sparsity", "0.95"]
+    line += ["--epochs", "8", "--first-cuts", "0.6,0.9", "--lr", "1e-4"]
+    found = recipe(build_parser(line).parse_args(line))
+    assert [found.epochs_after(s) for s in (0.6, 0.9, 0.95)] == [2, 2, 4]
+    rates = [found.learning_rate_after(s) for s in (0.6, 0.9)]
+    assert rates == pytest.approx([2.5e-4, 5e-4])
+
+
+def test_several_cuts(cli, pruned, model, data, tmp_path):
+    run = cli(*prune_arguments(
+        model, data, tmp_path / "out", "--dense-checkpoint", pruned.parent / "dense",
+        "--recipe", "reconstruct", "--first-cuts", "0.5,0.7", "--json",
+    ))  # fmt: skip
+    assert run.status == 0, run.stderr
+    assert [cut["sparsity"] for cut in run.data["first_cuts"]] == [0.5, 0.7]
+    assert [cut["epochs"] for cut in run.data["first_cuts"]] == [0.5, 0.5]
+    assert run.data["sparsity"]["reached"] == pytest.approx(0.8, abs=1e-3)
 
 
 def test_as_a_program_with_a_regression(model, tmp_path):
@@ -194,6 +223,14 @@ def test_as_a_program_with_a_regression(model, tmp_path):
     assert (out / "results.json").is_file()
 
 
+RECONSTRUCT = ("--recipe", "reconstruct")
+RUNS = {
+    "ramp": ("--recipe", "ramp"),
+    "reconstruct": RECONSTRUCT,
+    "two cuts": (*RECONSTRUCT, "--first-cuts", "0.5"),
+}
+
+
 def kept_weights(folder):
     """Name -> where the weights of a saved model's encoder are not zero."""
     tensors = load_file(folder / "model.safetensors")
@@ -208,10 +245,13 @@ def kept_weights(folder):
 
 @pytest.fixture(scope="module")
 def masks(pruned, model, data, tmp_path_factory):
-    """Recipe -> kept weights of a run that was never stopped."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    assert main(prune_arguments(model, data, out, "--recipe", "reconstruct")) == 0
-    return {"ramp": kept_weights(pruned), "reconstruct": kept_weights(out)}
+    """Kept weights of runs that were never stopped, by their name in ``RUNS``."""
+    found = {"ramp": kept_weights(pruned)}
+    for name in ("reconstruct", "two cuts"):
+        out = tmp_path_factory.mktemp("whole") / "out"
+        assert main(prune_arguments(model, data, out, *RUNS[name])) == 0
+        found[name] = kept_weights(out)
+    return found
 
 
 class TestResume:
@@ -228,21 +268,21 @@ class TestResume:
         monkeypatch.setattr(training.ProgressBar, method, stop)
 
     @pytest.mark.parametrize(
-        ("recipe", "title", "step"),
+        ("name", "title", "step"),
         [
             ("ramp", "fine-tuning", 5),
             ("ramp", "pruning", 4),
             ("ramp", "pruning", 11),
             ("reconstruct", "pruning", 0),
             ("reconstruct", "pruning", 4),
+            ("two cuts", "training at 50 %", 3),
+            ("two cuts", "pruning", 0),
         ],
     )
     def test_a_stopped_run_continues_to_the_same_masks(
-        self, cli, model, data, masks, tmp_path, monkeypatch, recipe, title, step
+        self, cli, model, data, masks, tmp_path, monkeypatch, name, title, step
     ):
-        arguments = prune_arguments(
-            model, data, tmp_path / "out", "--recipe", recipe
-        )  # fmt: skip
+        arguments = prune_arguments(model, data, tmp_path / "out", *RUNS[name])
         with monkeypatch.context() as patch:
             self.interrupt(patch, title, step)
             stopped = cli(*arguments)
@@ -259,8 +299,8 @@ class TestResume:
         again = cli(*arguments, "--resume", "--json")
         assert again.data == resumed.data
         assert "finished already" in again.stderr
-        for name, kept in kept_weights(tmp_path / "out").items():
-            assert torch.equal(kept, masks[recipe][name]), name
+        for layer, kept in kept_weights(tmp_path / "out").items():
+            assert torch.equal(kept, masks[name][layer]), layer
 
     def test_finished_stages_are_not_repeated(
         self, cli, model, data, tmp_path, monkeypatch
@@ -317,6 +357,10 @@ class TestErrors:
             ("must lie between 0 and 1", ["--distill", "2"]),
             ("must be a number >= 0", ["--distill-hidden", "-1"]),
             ("cuts before it", ["--recipe", "reconstruct", "--phases", "0,0.5,0.5"]),
+            ("--first-cuts must rise", [*RECONSTRUCT, "--first-cuts", "0.7,0.5"]),
+            ("--sparsity 0.8; got 0.9", [*RECONSTRUCT, "--first-cuts", "0.9"]),
+            ("leave it out", ["--first-cuts", "0.5"]),
+            ("argument --first-cuts: must be 'none' or", ["--first-cuts", "80"]),
             ("add --recipe ramp", ["--recipe", "reconstruct", "--ramp", "cubic"]),
             ("must be 'auto' or at least 0", ["--lambda", "much"]),
             ("invalid choice", ["--method", "magic"]),
