@@ -94,6 +94,23 @@ def test_later_layers_make_up_for_earlier_ones() -> None:
     assert error(whole, dense) < 0.9 * before
 
 
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_a_second_cut_goes_on_from_what_is_left(scope: str) -> None:
+    model = Network()
+    left = []
+    for sparsity in (0.5, 0.8):
+        prune_one_shot(model, config(target_sparsity=sparsity, scope=scope), batches())
+        names = ("first", "gate", "last")
+        left.append(
+            torch.cat([
+                block_norms(model.get_submodule(name).weight, (8, 1)).flatten() != 0
+                for name in names
+            ])
+        )  # fmt: skip
+    assert not (left[1] & ~left[0]).any()
+    assert int(left[1].sum()) == pytest.approx(0.2 * left[1].numel(), abs=2)
+
+
 def test_what_reconstruction_cannot_do_is_refused() -> None:
     with pytest.raises(ValueError, match="which a threshold of norms does not fit"):
         prune_one_shot(Network(), config(threshold=0.1), batches())
