@@ -158,7 +158,8 @@ def glue_variants() -> str:
                 paired += f" +- {error:.1f}"
         block = f"({block.replace(',', ', ')})"
         rows.append([variant, block, f"{sparsity:.0%}", *scores[: len(tasks)], paired])
-    head = ["variant", "block", "sparsity", *tasks, "against `reconstruct`"]
+    paired = "against `reconstruct` +- standard error"
+    head = ["variant", "block", "sparsity", *tasks, paired]
     return markdown(head, rows)
 
 

@@ -56,6 +56,11 @@ COMPARED = 256
 TEACHER_CACHE = 2 << 30
 
 
+def first_cut_stage(sparsity: float) -> str:
+    """The stage of a cut before the last one."""
+    return f"first_cut_{100 * sparsity:g}"
+
+
 class Experiment:
     """Runs the stages; ``run()`` returns what ``results.json`` holds."""
 
@@ -227,8 +232,7 @@ class Experiment:
         dense: Path,
     ) -> PreTrainedModel:
         """The model cut to ``sparsity``, which is not the last, and trained there."""
-        percent = f"{100 * sparsity:g}"
-        stage = f"first_cut_{percent}"
+        percent, stage = f"{100 * sparsity:g}", first_cut_stage(sparsity)
         config = replace(self.config, target_sparsity=sparsity)
 
         def work() -> dict[str, Any]:
@@ -399,8 +403,7 @@ class Experiment:
             "metric": task.metrics[0],
             "scores": scores,
             "first_cuts": [
-                stages[f"first_cut_{100 * sparsity:g}"]
-                for sparsity in self.recipe.first_cuts
+                stages[first_cut_stage(sparsity)] for sparsity in self.recipe.first_cuts
             ],
             "block_norms": stages[NORMS],
             "seconds": {

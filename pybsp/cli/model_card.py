@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .reporting import megabytes
@@ -30,11 +30,11 @@ outputs.
 
 ## Results
 
-| | dense | right after the cut | pruned and retrained |
+| | dense | right after the {last}cut | pruned and retrained |
 | --- | ---: | ---: | ---: |
 {scores}
 
-Evaluated on the {dev} dev examples of {task}, trained on {train}; seed {seed}.
+Evaluated on the {dev} dev examples of {task}, trained on {train}; seed {seed}.{cuts}
 Cutting the dense model to the same sparsity by block norms alone, without any training,
 gives {magnitude}.
 
@@ -97,6 +97,17 @@ def base_model(name: str) -> str | None:
     return None if is_path or " " in name or "/" not in name else name
 
 
+def first_cuts(cuts: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """What the model was worth at the sparsities before the last, in a sentence."""
+    if not cuts:
+        return ""
+    ways = [
+        f"{100 * cut['sparsity']:g} % ({metric} {cut['scores'][metric]:.4f})"
+        for cut in cuts
+    ]
+    return f" Cut and trained on the way at {', '.join(ways)}."
+
+
 def body(results: Mapping[str, Any]) -> str:
     sparsity, files, latency = (
         results[key] for key in ("sparsity", "files", "latency")
@@ -116,6 +127,8 @@ def body(results: Mapping[str, Any]) -> str:
             f"| {scores['final'][name]:.4f} |"
             for name in task["metrics"]
         ),
+        last="last " if results["first_cuts"] else "",
+        cuts=first_cuts(results["first_cuts"], metric),
         dev=task["dev_examples"],
         train=task["train_examples"],
         seed=results["options"]["seed"],

@@ -41,7 +41,7 @@ def first_cuts(sparsity: float) -> tuple[float, ...]:
     """Sparsities of the cuts before the last one: none down to two fifths of the
     weights, and then no cut that removes much more than half of what is left."""
     density, found = FIRST_DENSITY, []
-    while 1 - sparsity < 0.75 * density:
+    while 1 - sparsity < 0.75 * density - 1e-9:
         found.append(round(1 - density, 4))
         density /= 2
     return tuple(found)

@@ -56,8 +56,13 @@ def finished_results(out: Path, options: dict[str, Any], *, resume: bool) -> Any
     )
 
 
+#: What versions did that had no option for it yet, where the default is another now.
+BEFORE: dict[str, Any] = {"first_cuts": []}
+
+
 def check_same_options(old: dict[str, Any], new: dict[str, Any], place: Path) -> None:
     # An older version may not have known an option yet.
+    old = {**BEFORE, **old}
     changed = [key for key in new if key in old and old[key] != new[key]]
     if changed:
         key = changed[0]

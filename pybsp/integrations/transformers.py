@@ -198,6 +198,7 @@ class BlockSparseHfQuantizer(HfQuantizer):
         model_config: Any = model.config
         if hasattr(model_config, "transformers_weights"):
             del model_config.transformers_weights
+        self._mark_embeddings(model)
         # From here on the stock save_pretrained writes the dense form.
         self.quantization_config.format = "dense"
         if self._loaded_packed is not None:
@@ -223,6 +224,16 @@ class BlockSparseHfQuantizer(HfQuantizer):
             follow_packing(model)
         else:
             tell_encoders(report.encoders)
+
+    def _mark_embeddings(self, model: nn.Module) -> None:
+        """Note on the tables that were pruned in which blocks."""
+        names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+        recorded = self.quantization_config.notes.get("embeddings") or {}
+        for key, shape in recorded.items():
+            name = name_in_model(model, key, names)
+            if name is not None:
+                table: Any = model.get_submodule(name)
+                table.pybsp_block_shape = check_block_shape(shape)
 
     def _rounding_options(self, model: nn.Module) -> dict[str, Any]:
         """Those of ``pack_``, with the names that layers have in ``model``."""

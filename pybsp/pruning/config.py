@@ -44,8 +44,9 @@ class BlockPruningConfig:
             expression matched against the whole name.
         exclude_modules: names (any run of dotted components) or one regular expression
             to leave out. ``None`` leaves out embeddings and task heads; ``()`` nothing.
-        embedding_modules: embedding tables to prune as well, named like
-            ``target_modules``; each is ranked by itself. It makes no forward faster.
+        embedding_modules: embedding tables to prune as well, by name endings or a
+            regular expression; each is ranked by itself, and ``exclude_modules`` does
+            not count. It makes no forward faster.
         scope: ``"global"`` ranks the blocks of all layers together, ``"layer"`` prunes
             every layer to the target, ``"balanced"`` also every row of its blocks, or
             every column of them where columns hold more blocks.
@@ -76,9 +77,9 @@ class BlockPruningConfig:
             ``"taylor"`` expansion or as ``"movement"`` away from zero.
         threshold: cut every block whose score (see ``ranking``) is at most this, in
             place of a fixed fraction of them (Li et al. 2020). How many that are is up
-            to the training; ``target_sparsity`` does not count then. Needs
-            ``ramp="one_shot"``, ``saliency="magnitude"`` and a scope other than
-            ``"balanced"``.
+            to the training, but for ``max_layer_sparsity``; ``target_sparsity`` does
+            not count then. Needs ``ramp="one_shot"``, ``saliency="magnitude"``, a scope
+            other than ``"balanced"`` and a number for ``reg_lambda``.
         packed_retraining: after the cut, train packed layers that hold the kept blocks
             alone instead of masked dense ones: the same steps but for rounding, faster.
             One process, on the CPU, with an optimizer that treats every weight by
@@ -353,6 +354,11 @@ def _check_fits_threshold(cfg: BlockPruningConfig) -> None:
             raise ValueError(
                 f"a threshold needs {name}={wanted!r}; got {getattr(cfg, name)!r}"
             )
+    if cfg.penalised and cfg.reg_lambda == "auto":
+        raise ValueError(
+            'reg_lambda="auto" sizes the penalty for a fraction of the blocks, which a '
+            "threshold leaves open: give reg_lambda a number"
+        )
     if cfg.scope == "balanced":
         raise ValueError(
             "a threshold does not balance the rows of a layer: use scope='layer' or "
@@ -361,7 +367,9 @@ def _check_fits_threshold(cfg: BlockPruningConfig) -> None:
 
 
 def _check_cap(cfg: BlockPruningConfig) -> None:
-    targets = [("target_sparsity", cfg.target_sparsity)]
+    targets = []
+    if cfg.threshold is None:
+        targets.append(("target_sparsity", cfg.target_sparsity))
     for pattern, settings in cfg.overrides.items():
         if "target_sparsity" in settings:
             name = f"overrides[{pattern!r}] target_sparsity"

@@ -5,7 +5,7 @@ pool's sparsity is met. With blocks of one size the number removed is exactly
 ``round(sparsity * blocks)``; with mixed sizes the removed weights are within half a
 block of the target. Of equal scores the first stay, so every process that holds the
 same weights arrives at the same masks. A layer with a threshold loses all blocks that
-score no more than that, however many they are.
+score no more than that, but for those that the cap protects.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def check_feasible(pool: Pool, max_layer_sparsity: float) -> None:
     sizes = [t.block_size for t in pool.targets]
     blocks = [t.grid[0] * t.grid[1] for t in pool.targets]
     removable = sum(
-        (n - _protected(n, max_layer_sparsity)) * size
+        (n - protected_blocks(n, max_layer_sparsity)) * size
         for n, size in zip(blocks, sizes, strict=True)
     )
     total = sum(n * size for n, size in zip(blocks, sizes, strict=True))
@@ -123,7 +123,7 @@ def select_masks(
     protected = 0
     for target in pool.targets:
         score = by_name[target.name]
-        least = _protected(score.numel(), max_layer_sparsity)
+        least = protected_blocks(score.numel(), max_layer_sparsity)
         protected += least
         if len(pool.targets) > 1 and least:
             score = score.masked_fill(ops.block_mask(score, least), math.inf)
@@ -170,7 +170,8 @@ def balanced_mask(scores: torch.Tensor, keep: int) -> torch.Tensor:
     return (kept if columns >= rows else kept.T).contiguous()
 
 
-def _protected(blocks: int, max_layer_sparsity: float) -> int:
+def protected_blocks(blocks: int, max_layer_sparsity: float) -> int:
+    """Of a layer's blocks, those that the cap keeps."""
     # the slack absorbs products such as 0.95 * 20 that fall just below an integer
     return blocks - math.floor(max_layer_sparsity * blocks + 1e-9)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,10 +13,8 @@ from torch.optim import Optimizer
 from ..blocks import BlockShape, BlockShapeSpec, grid_shape, resolve_block_shape
 from .hooks import StepHooks, inner_optimizer, learning_rates
 from .penalty import block_norms, mask_blocks_
-from .record import recorded_block_shape
-from .targets import check_not_packed, embedding_modules, linear_modules, unwrap_model
-
-Layer: TypeAlias = nn.Linear | nn.Embedding
+from .record import pruned_embeddings, recorded_block_shape
+from .targets import check_not_packed, linear_modules, unwrap_model
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,9 @@ def preserve_sparsity(
     Gradients are masked before a step and weights zeroed after it, so momentum and
     weight decay cannot revive anything. Blocks are those of ``block_shape``, else those
     recorded by the pruner (on the modules or in ``model.config``); a layer with neither
-    keeps its single zero elements, and so does an embedding. Layers without zeros are
-    left alone, and so is one that is zero throughout with no recorded block shape: that
-    is an initialisation.
+    keeps its single zero elements. Layers without zeros are left alone, and so is one
+    that is zero throughout with no recorded block shape: that is an initialisation.
+    Embeddings count only where the pruner has recorded it.
 
     Raises:
         ValueError: when no linear layer has zeros to keep, or ``block_shape`` does not
@@ -92,32 +90,33 @@ def preserve_sparsity(
     held = learning_rates(inner)
     kept: list[_Kept] = []
     seen: set[int] = set()
-    layers: dict[str, Layer] = {**linear_modules(model), **embedding_modules(model)}
-    for name, module in layers.items():
+    for name, module in linear_modules(model).items():
         if id(module.weight) in seen or id(module.weight) not in held:
             continue
         seen.add(id(module.weight))
         entry = _entry(model, name, module, block_shape)
         if entry is not None:
             kept.append(entry)
+    for name, shape in pruned_embeddings(model).items():
+        table = model.get_parameter(f"{name}.weight")
+        if id(table) in held and id(table) not in seen:
+            seen.add(id(table))
+            mask = block_norms(table.detach(), shape) != 0
+            kept.append(_Kept(name, mask, shape))
     if not kept:
         check_not_packed(model)
         raise ValueError(
-            "no layer that the optimizer trains has zeros to preserve; load the "
+            "no linear layer that the optimizer trains has zeros to preserve; load the "
             "pruned checkpoint first, or check block_shape"
         )
     return PreservedSparsity(model, kept, inner)
 
 
 def _entry(
-    model: nn.Module, name: str, module: Layer, given: BlockShapeSpec | None
+    model: nn.Module, name: str, module: nn.Linear, given: BlockShapeSpec | None
 ) -> _Kept | None:
     weight = module.weight.detach()
     zeros = weight.numel() - int(weight.count_nonzero())
-    if isinstance(module, nn.Embedding):
-        # the row of padding is zero by itself, and stays so
-        is_pruned = zeros > (module.padding_idx is not None) * module.embedding_dim
-        return _Kept(name, weight != 0, (1, 1)) if is_pruned else None
     if zeros == 0:
         return None
     shape = _block_shape(model, name, module, given)

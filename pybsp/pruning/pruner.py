@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from . import penalty as penalties
 from .config import BlockPruningConfig
 from .hooks import StepHooks, gradient_scale, inner_optimizer, learning_rates
-from .masks import check_feasible, norm_scores, pools, select_masks
+from .masks import check_feasible, norm_scores, pools, protected_blocks, select_masks
 from .record import record_block_shapes
 from .regulariser import Regulariser
 from .saliency import GradientSaliency
@@ -167,17 +167,17 @@ class BlockPruner:
         """Remove blocks down to the target, now; done already, it does nothing."""
         if not self.at_target:
             self._prune_to(1.0)
-            self._warn_of_thresholds()
             self.at_target = True
             self.regulariser.stop()
             self.saliency.stop()
             self._pack()
+            self._warn_of_thresholds()
 
     @torch.no_grad()
     def finalize(self) -> dict[str, Any]:
         """Check the target, record the block shapes, remove the hooks.
 
-        Sets ``pybsp_block_shape`` on every pruned linear module and, when the model has
+        Sets ``pybsp_block_shape`` on every pruned module and, when the model has
         a ``config`` object, its ``quantization_config``. Returns that record. A second
         call returns the same.
 
@@ -303,14 +303,19 @@ class BlockPruner:
 
     def _warn_of_thresholds(self) -> None:
         """Thresholds are easily in the wrong unit, and nothing else would tell."""
-        cut = [name for name, t in self.targets.items() if t.threshold is not None]
-        if cut and all(bool(self.masks[name].all()) for name in cut):
-            norms = self.regulariser.norms(self._weights())
-            scores = norm_scores(norms, self.targets, self.cfg.ranking)
-            least = min(float(scores[name].min()) for name in cut)
+        kept = blocks = protected = 0
+        for name, target in self.targets.items():
+            if target.threshold is not None:
+                mask = self.masks[name]
+                kept += int(mask.sum())
+                blocks += mask.numel()
+                protected += protected_blocks(mask.numel(), self.cfg.max_layer_sparsity)
+        if blocks and kept in (blocks, protected):
+            what = "none" if kept == blocks else "all"
+            but = f" but {protected}" if kept == protected else ""
             warnings.warn(
-                f"no block scores as little as the threshold, so none was removed; the "
-                f"least is {least:.3g} (ranking={self.cfg.ranking!r})",
+                f"the threshold removes {what} of {blocks} blocks{but}; it is in units "
+                f"of ranking={self.cfg.ranking!r}",
                 stacklevel=2,
             )
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..blocks import BlockShape, BlockShapeSpec, block_view, check_block_shape
-from .targets import Target, linear_modules, unwrap_model
+from .targets import Target, embedding_modules, linear_modules, unwrap_model
 
 FORMAT_VERSION = 1
 
@@ -30,6 +30,12 @@ def count_zero_blocks(weight: torch.Tensor, block_shape: BlockShape) -> int:
     """Blocks whose weights are all exactly zero."""
     blocks = block_view(weight.detach(), block_shape)
     return int((blocks == 0).flatten(2).all(2).sum())
+
+
+def pruned_embeddings(model: nn.Module) -> dict[str, BlockShape]:
+    """Name -> block shape of the embedding tables that carry one."""
+    shapes = {n: recorded_block_shape(m) for n, m in embedding_modules(model).items()}
+    return {name: shape for name, shape in shapes.items() if shape is not None}
 
 
 def record_block_shapes(
@@ -55,6 +61,7 @@ def sparsity_record(
 
     ``modules`` maps the name of every linear layer with a recorded block shape to
     ``[r, c]``; ``sparsity`` is the share of their weights that lies in zero blocks.
+    ``embeddings`` does the same for tables, if any were pruned.
     ``block_shape`` is noted as given, for example ``(1, "in/8")``; by default it is the
     most frequent shape of the modules.
 
@@ -82,7 +89,7 @@ def sparsity_record(
     if block_shape is None:
         counts = Counter((shape[0], shape[1]) for shape in modules.values())
         block_shape = counts.most_common(1)[0][0]
-    return {
+    record: dict[str, Any] = {
         "quant_method": "pybsp",
         "format": "dense",
         "format_version": FORMAT_VERSION,
@@ -91,3 +98,7 @@ def sparsity_record(
         "sparsity": round(removed / max(weights, 1), 6),
         "pybsp_version": version("pybsp"),
     }
+    embeddings = pruned_embeddings(unwrap_model(model))
+    if embeddings:
+        record["embeddings"] = {name: list(shape) for name, shape in embeddings.items()}
+    return record

@@ -84,11 +84,11 @@ def model_sparsity(model: nn.Module) -> ModelSparsity:
     removed = 0
     for name, module in model.named_modules():
         values = getattr(module, "weight_values", None)
-        is_pruned = recorded_block_shape(module) is not None
-        kinds = (nn.Linear, nn.Embedding) if is_pruned else nn.Linear
+        shape = recorded_block_shape(module)
+        kinds = nn.Linear if shape is None else (nn.Linear, nn.Embedding)
         if isinstance(module, kinds) and id(module.weight) not in seen:
             seen.add(id(module.weight))
-            layers.append(_dense_layer(name, module))
+            layers.append(_dense_layer(name, module.weight.detach(), shape))
         elif isinstance(values, torch.Tensor):
             layers.append(_packed_layer(name, module, values))
             # int8 values are no parameters, but what they stand for is.
@@ -122,10 +122,10 @@ def _row(layer: LayerSparsity) -> tuple[str, ...]:
     return layer.name, shape, block, zero_blocks, f"{100 * layer.sparsity:.2f} %"
 
 
-def _dense_layer(name: str, module: nn.Linear | nn.Embedding) -> LayerSparsity:
-    weight = module.weight.detach()
+def _dense_layer(
+    name: str, weight: torch.Tensor, block_shape: BlockShape | None
+) -> LayerSparsity:
     shape = (weight.shape[0], weight.shape[1])
-    block_shape = recorded_block_shape(module)
     blocks = zero_blocks = 0
     if block_shape is not None:
         blocks = weight.numel() // (block_shape[0] * block_shape[1])

@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .config import BlockPruningConfig
+
 if TYPE_CHECKING:
     from .pruner import BlockPruner
 
@@ -37,7 +39,9 @@ def check_state(state: Mapping[str, Any], pruner: BlockPruner) -> None:
             f"pruner state format {state['format']!r} is not {STATE_FORMAT}: it was "
             "written by another version of pybsp"
         )
-    ours, theirs = pruner.cfg.to_dict(), state["config"]
+    # An older version may not have known a field yet: then it had its default.
+    theirs = {**BlockPruningConfig().to_dict(), **state["config"]}
+    ours = pruner.cfg.to_dict()
     # How the retrain phase computes is free: what is saved is the same.
     ours.pop("packed_retraining")
     differing = [key for key in ours if theirs.get(key) != ours[key]]

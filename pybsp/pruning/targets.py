@@ -42,8 +42,8 @@ class Target:
     weight_shape: tuple[int, int]
     block_shape: BlockShape
     own_sparsity: float | None = None
-    threshold: float | None = None
     shared_with: tuple[str, ...] = ()
+    threshold: float | None = None
     is_embedding: bool = False
 
     @property
@@ -80,8 +80,12 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def embedding_modules(model: nn.Module) -> dict[str, nn.Embedding]:
-    """Every embedding table by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    """Every ``nn.Embedding`` by name, those sharing a table included."""
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Embedding)
+    }
 
 
 def select_targets(model: nn.Module, cfg: BlockPruningConfig) -> list[Target]:
@@ -114,16 +118,21 @@ def select_targets(model: nn.Module, cfg: BlockPruningConfig) -> list[Target]:
     if not matched:
         check_not_packed(model)
         raise ValueError(_nothing_matched(linears, cfg))
-    chosen: dict[str, nn.Linear | nn.Embedding] = {**matched, **_embeddings(model, cfg)}
+    chosen: dict[str, nn.Linear | nn.Embedding] = {
+        **matched, **_embeddings(model, cfg, shared),
+    }  # fmt: skip
     _check_overrides_match(chosen, cfg)
     return [
-        _target(name, module, cfg, tuple(shared.get(id(module.weight), ())[1:]))
+        _target(name, module, cfg, tuple(shared[id(module.weight)][1:]))
         for name, module in chosen.items()
     ]
 
 
-def _embeddings(model: nn.Module, cfg: BlockPruningConfig) -> dict[str, nn.Embedding]:
-    """The embedding tables that ``cfg`` prunes, by name."""
+def _embeddings(
+    model: nn.Module, cfg: BlockPruningConfig, shared: dict[int, list[str]]
+) -> dict[str, nn.Embedding]:
+    """The embedding tables that ``cfg`` prunes, each once, by name. Adds all names of
+    a table to ``shared``."""
     tables = embedding_modules(model)
     found = {n: m for n, m in tables.items() if _is_named(n, cfg.embedding_modules)}
     if cfg.embedding_modules and not found:
@@ -132,13 +141,14 @@ def _embeddings(model: nn.Module, cfg: BlockPruningConfig) -> dict[str, nn.Embed
             f"the model's are: {', '.join(tables) or 'none'}"
         )
     for name, module in found.items():
+        shared.setdefault(id(module.weight), []).append(name)
         _check_prunable(name, module.weight, cfg)
         if module.sparse or not module.weight.requires_grad:
             raise ValueError(
                 f"the embedding '{name}' is frozen or has sparse gradients; set "
                 "requires_grad_(True) and sparse=False, or leave it out"
             )
-    return found
+    return {n: m for n, m in found.items() if shared[id(m.weight)][0] == n}
 
 
 def _is_named(name: str, wanted: str | tuple[str, ...]) -> bool:
@@ -208,6 +218,11 @@ def _override(name: str, cfg: BlockPruningConfig) -> Mapping[str, Any]:
     merged: dict[str, Any] = {}
     for pattern, settings in cfg.overrides.items():
         if fnmatchcase(name, pattern):
+            # a layer has one of the two: the one that was set last
+            if "target_sparsity" in settings:
+                merged.pop("threshold", None)
+            if "threshold" in settings:
+                merged.pop("target_sparsity", None)
             merged.update(settings)
     return merged
 
@@ -231,7 +246,7 @@ def _target(
     if own_sparsity is not None:
         threshold = None
     return Target(
-        name, shape, block_shape, own_sparsity, threshold, shared,
+        name, shape, block_shape, own_sparsity, shared, threshold,
         is_embedding=isinstance(module, nn.Embedding),
     )  # fmt: skip
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import pipeline
 
+from pybsp import prune_one_shot
 from pybsp.cli import experiment, tasks, training
 from pybsp.cli.main import build_parser, main
 from pybsp.cli.models import load_classifier
@@ -175,8 +177,8 @@ def test_a_learning_rate_that_is_not_given_has_two_digits():
 
 @pytest.mark.parametrize(
     ("sparsity", "before"),
-    [(0.5, ()), (0.7, ()), (0.71, (0.6,)), (0.8, (0.6,)), (0.9, (0.6, 0.8)),
-     (0.95, (0.6, 0.8, 0.9))],
+    [(0.5, ()), (0.7, ()), (0.71, (0.6,)), (0.8, (0.6,)), (0.85, (0.6,)),
+     (0.9, (0.6, 0.8)), (0.925, (0.6, 0.8)), (0.95, (0.6, 0.8, 0.9))],
 )  # fmt: skip
 def test_high_sparsities_take_several_cuts(sparsity, before):
     assert first_cuts(sparsity) == before
@@ -191,14 +193,31 @@ def test_epochs_are_shared_between_cuts():
     assert rates == pytest.approx([2.5e-4, 5e-4])
 
 
-def test_several_cuts(cli, pruned, model, data, tmp_path):
+def test_several_cuts(cli, pruned, model, data, tmp_path, monkeypatch):
+    kept = []
+
+    def prune(model, config, batches):
+        prune_one_shot(model, config, batches)
+        weights = {n: p for n, p in model.named_parameters() if ".query.weight" in n}
+        kept.append({name: weight != 0 for name, weight in weights.items()})
+
+    monkeypatch.setattr(experiment, "prune_one_shot", prune)
     run = cli(*prune_arguments(
         model, data, tmp_path / "out", "--dense-checkpoint", pruned.parent / "dense",
         "--recipe", "reconstruct", "--first-cuts", "0.5,0.7", "--json",
     ))  # fmt: skip
     assert run.status == 0, run.stderr
-    assert [cut["sparsity"] for cut in run.data["first_cuts"]] == [0.5, 0.7]
-    assert [cut["epochs"] for cut in run.data["first_cuts"]] == [0.5, 0.5]
+    assert len(kept) == 3
+    assert kept[0]
+    for before, after in itertools.pairwise(kept):
+        for name, mask in after.items():
+            assert mask.sum() < before[name].sum()
+            assert not (mask & ~before[name]).any(), name
+    # trained between the cuts, not only cut
+    epochs = {cut["sparsity"]: cut["epochs"] for cut in run.data["first_cuts"]}
+    assert epochs == {0.5: 0.5, 0.7: 0.5}
+    assert "training at 50 %" in run.stderr
+    assert "training at 70 %" in run.stderr
     assert run.data["sparsity"]["reached"] == pytest.approx(0.8, abs=1e-3)
 
 
@@ -275,8 +294,10 @@ class TestResume:
             ("ramp", "pruning", 11),
             ("reconstruct", "pruning", 0),
             ("reconstruct", "pruning", 4),
+            ("two cuts", "training at 50 %", 0),
             ("two cuts", "training at 50 %", 3),
             ("two cuts", "pruning", 0),
+            ("two cuts", "pruning", 6),
         ],
     )
     def test_a_stopped_run_continues_to_the_same_masks(

@@ -42,6 +42,7 @@ from pybsp.integrations.packed_file import PACKED_FILE
 from pybsp.integrations.transformers import BlockSparseConfig
 from pybsp.nn import BlockSparseLinear, pack_, unpack_
 from pybsp.nn.fuse import FusedActivation
+from pybsp.pruning import model_sparsity
 
 BERT = {
     "hidden_size": 32,
@@ -707,3 +708,31 @@ def test_another_architecture(checkpoint, tmp_path):
                 quantization_config=quantization_config(tmp_path),
             ),
         )
+
+
+def test_pruned_embeddings_are_known_after_loading(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=64,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config)
+    settings = pybsp.BlockPruningConfig(
+        embedding_modules=["word_embeddings"], method="magnitude", phases=(0, 0, 1)
+    )
+    pruner = pybsp.BlockPruner(model, settings, total_steps=10)
+    pruner.cut()
+    pruner.finalize()
+    name = "bert.embeddings.word_embeddings"
+    wanted = {row.name: row for row in model_sparsity(model).layers}[name]
+    assert wanted.zero_blocks == round(0.8 * wanted.blocks)
+    pybsp.save_packed(model, tmp_path / "packed")
+    model.save_pretrained(tmp_path / "dense")
+    for folder in ("packed", "dense"):
+        loaded = BertForSequenceClassification.from_pretrained(tmp_path / folder)
+        for form in (loaded, loaded.dequantize()):
+            found = {row.name: row for row in model_sparsity(form).layers}
+            assert found[name] == wanted
+        optimizer = torch.optim.SGD(loaded.parameters(), lr=0.1)
+        with pybsp.preserve_sparsity(loaded, optimizer) as kept:
+            assert name in kept.modules

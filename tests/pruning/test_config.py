@@ -98,6 +98,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"threshold": 0.1, "ramp": "cubic"}, "a threshold needs ramp='one_shot'"),
     ({"threshold": 0.1, "scope": "balanced"}, "does not balance"),
     (
+        {"threshold": 0.1, "penalty": "proximal", "reg_lambda": "auto"},
+        "give reg_lambda a number",
+    ),
+    (
         {"overrides": {"a": {"threshold": 0.1}}, "saliency": "taylor"},
         "a threshold needs saliency='magnitude'",
     ),

@@ -138,28 +138,64 @@ def test_embeddings_are_pruned_to_the_target_by_themselves(
     assert counted["words"].block_shape == (1, 4)
 
 
-def test_zeros_of_embeddings_stay() -> None:
+def test_zeros_of_pruned_embeddings_stay() -> None:
     model = Words()
+    cfg = config(block_shape=(1, 4), embedding_modules=["words"], target_sparsity=0.5)
     with torch.no_grad():
-        model.words.weight[5, :4] = 0
-        model.linear.weight[:8] = 0
+        model.words.weight[0] = 1  # as of a checkpoint whose padding was trained
+    pruner = BlockPruner(model, cfg, total_steps=STEPS)
+    pruner.cut()
+    pruner.finalize()
+    zero = model.words.weight == 0
     optimizer = adam(model)
     with preserve_sparsity(model, optimizer) as kept:
         assert set(kept.modules) == {"words", "linear"}
         model.fit(optimizer, 3)
-    assert not model.words.weight[5, :4].any()
-    # the row of padding is zero by itself
+    assert torch.equal(model.words.weight == 0, zero)
+
+
+def test_embeddings_that_start_at_zero_train() -> None:
     model = Words()
     with torch.no_grad():
+        model.words.weight.zero_()
         model.linear.weight[:8] = 0
-    with preserve_sparsity(model, adam(model)) as kept:
+    optimizer = adam(model)
+    with preserve_sparsity(model, optimizer) as kept:
         assert kept.modules == ("linear",)
+        model.fit(optimizer, 3)
+    assert model.words.weight.any()
 
 
-def test_a_threshold_that_removes_nothing_warns() -> None:
-    pruner = BlockPruner(network(), config(threshold=1e-9), total_steps=STEPS)
-    with pytest.warns(UserWarning, match="none was removed; the least is 0.0"):
+def test_a_table_with_two_names_is_pruned_once() -> None:
+    model = nn.ModuleDict({"one": Words(), "two": Words()})
+    model["two"].words.weight = model["one"].words.weight
+    cfg = config(block_shape=(1, 4), embedding_modules=["words"])
+    pruner = BlockPruner(model, cfg, total_steps=STEPS)
+    tables = [t for t in pruner.targets.values() if t.is_embedding]
+    assert [t.name for t in tables] == ["one.words"]
+    assert tables[0].shared_with == ("two.words",)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "message"),
+    [(1e-9, "removes none of 128 blocks"), (99.0, "removes all of 128 blocks but 8")],
+)
+def test_a_threshold_in_the_wrong_unit_warns(threshold: float, message: str) -> None:
+    pruner = BlockPruner(network(), config(threshold=threshold), total_steps=STEPS)
+    with pytest.warns(UserWarning, match=message):
         pruner.cut()
+    assert pruner.at_target
+
+
+def test_a_state_of_an_older_version_is_continued() -> None:
+    pruner = BlockPruner(network(), config(), total_steps=STEPS)
+    state = pruner.state_dict()
+    for name in ("embedding_modules", "threshold", "saliency"):
+        del state["config"][name]
+    pruner.load_state_dict(state)
+    other = BlockPruner(network(), config(threshold=0.1), total_steps=STEPS)
+    with pytest.raises(ValueError, match="written with threshold = None"):
+        other.load_state_dict(state)
 
 
 @pytest.mark.parametrize("settings", FORMS)

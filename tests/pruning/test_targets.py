@@ -113,6 +113,19 @@ def test_a_threshold_is_that_of_the_layer_or_the_config() -> None:
     assert {t.threshold for t in found.values()} == {0.1, 0.5, None}
 
 
+def test_the_last_override_says_threshold_or_target() -> None:
+    settings = {"*": {"target_sparsity": 0.5}, "*.key": {"threshold": 0.1}}
+    found = {
+        t.name: t
+        for t in select_targets(small_model(), BlockPruningConfig(overrides=settings))
+    }
+    assert (found["layer.1.key"].threshold, found["layer.1.key"].own_sparsity) == (
+        0.1,
+        None,
+    )
+    assert found["layer.1.query"].own_sparsity == 0.5
+
+
 def test_fractions_resolve_for_every_matrix() -> None:
     cfg = BlockPruningConfig(block_shape=("out/2", "in/8"))
     shapes = {t.block_shape for t in select_targets(small_model(), cfg)}
