@@ -60,10 +60,10 @@ def by_default() -> dict[study.Setting, dict[str, study.Summary]]:
     return study.summaries(RESULTS / "glue", cells)
 
 
-def final_score(cell: study.Cell) -> float:
-    """Of the packed model."""
+def cell_score(cell: study.Cell, stage: str) -> float:
+    """In percent, of the ``"dense"`` or the ``"packed"`` model of a run."""
     file = RESULTS / "glue" / f"{cell.name}.json"
-    return study.score(study.read_results(file)["scores"]["packed"])
+    return study.score(study.read_results(file)["scores"][stage])
 
 
 def latencies() -> dict[tuple[float, str], dict[str, Any]]:
@@ -79,11 +79,7 @@ def latencies() -> dict[tuple[float, str], dict[str, Any]]:
 
 def dense_scores(task: str) -> dict[int, float]:
     """The dense model's score by seed."""
-    found = {}
-    for file in sorted((RESULTS / "glue").glob(f"{task}-*.json")):
-        cell = study.Cell.from_name(file.stem)
-        found[cell.seed] = study.score(study.read_results(file)["scores"]["dense"])
-    return found
+    return {c.seed: cell_score(c, "dense") for c in studied() if c.task == task}
 
 
 def score_rows(
@@ -131,22 +127,22 @@ def glue() -> str:
 
 def glue_variants() -> str:
     """What changes when one thing of the recipe does: the same tasks and seeds."""
-    cells = set(studied())
+    cells = studied()
     pairs = {
         cell: default
-        for cell in studied()
+        for cell in cells
         if (default := replace(cell, variant="reconstruct")) in cells
         if cell != default
     }
     found = study.summaries(
-        RESULTS / "glue", (c for c in studied() if c in pairs or c in pairs.values())
+        RESULTS / "glue", (c for c in cells if c in pairs or c in pairs.values())
     )
     tasks = [task for task in GLUE_TASKS if any(task in row for row in found.values())]
     rows = []
     for setting, scores in zip(found, score_rows(found, tasks), strict=True):
         variant, sparsity, block = setting
         differences = [
-            final_score(cell) - final_score(default)
+            cell_score(cell, "packed") - cell_score(default, "packed")
             for cell, default in pairs.items()
             if (cell.variant, cell.sparsity, cell.block) == setting
         ]
@@ -158,9 +154,8 @@ def glue_variants() -> str:
                 paired += f" +- {error:.1f}"
         block = f"({block.replace(',', ', ')})"
         rows.append([variant, block, f"{sparsity:.0%}", *scores[: len(tasks)], paired])
-    paired = "against `reconstruct` +- standard error"
-    head = ["variant", "block", "sparsity", *tasks, paired]
-    return markdown(head, rows)
+    last = "against `reconstruct` +- standard error"
+    return markdown(["variant", "block", "sparsity", *tasks, last], rows)
 
 
 def linear() -> str:
