@@ -730,7 +730,8 @@ def test_pruned_embeddings_are_known_after_loading(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "dense")
     for folder in ("packed", "dense"):
         loaded = BertForSequenceClassification.from_pretrained(tmp_path / folder)
-        for form in (loaded, loaded.dequantize()):
+        # Whether packing so small a dense model is worth it depends on the CPU.
+        for form in (loaded, unpack_(loaded)):
             found = {row.name: row for row in model_sparsity(form).layers}
             assert found[name] == wanted
         optimizer = torch.optim.SGD(loaded.parameters(), lr=0.1)
