@@ -86,7 +86,7 @@ class Experiment:
         if save_dense is not None:
             copy_folder(dense, save_dense)
         pruned = self.pruned(dense)
-        measured = self.workspace.once("measure", lambda: self.measure(pruned))
+        measured = self.workspace.once("measure", lambda: self.measure(pruned, dense))
         results = self.results(measured)
         self.write(pruned, results)
         self.workspace.publish(pruned)
@@ -164,16 +164,19 @@ class Experiment:
         BlockPruner(cut, self.config, total_steps=1000).cut()
         return {"scores": self.score(cut, tokenizer)}
 
-    def measure(self, folder: Path) -> dict[str, Any]:
-        """Reload packed, compare with the dense form, weigh and time both."""
+    def measure(self, folder: Path, fine_tuned: Path) -> dict[str, Any]:
+        """Reload packed, compare with the dense form and with the model before pruning,
+        weigh and time."""
         outputs = self.data.task.outputs
         packed, tokenizer = load_classifier(str(folder), outputs)
+        teacher, _ = load_classifier(str(fine_tuned), outputs)
         dense = copy.deepcopy(packed).dequantize()
         layers = self.workspace.stages["pruned"]["layers"]
-        features = self.encode(tokenizer, train=False)[:COMPARED]
+        features = self.encode(tokenizer, train=False)
+        compared = features[:COMPARED]
         agreement = measurement.agreement(
-            predict(dense, features, tokenizer),
-            predict(packed, features, tokenizer),
+            predict(dense, compared, tokenizer),
+            predict(packed, compared, tokenizer),
             [row["shape"][1] for row in layers],
         )
         if not agreement["agree"]:
@@ -185,6 +188,10 @@ class Experiment:
         return {
             "agreement": agreement,
             "scores": self.score(packed, tokenizer),
+            "fidelity": measurement.fidelity(
+                teacher, dense,
+                batches([features[row] for row in by_length(features)], tokenizer),
+            ),
             "files": measurement.file_sizes(folder, [row["name"] for row in layers]),
             "latency": measurement.latency(
                 dense, packed, batch=1, sequence=self.recipe.sequence, threads=1,
@@ -411,7 +418,11 @@ class Experiment:
                 "pruning": stages["pruned"]["seconds"],
             },
             "sparsity": stages["pruned"]["sparsity"],
-            **{key: measured[key] for key in ("files", "latency", "agreement")},
+            **{
+                key: measured[key]
+                for key in ("files", "latency", "agreement", "fidelity")
+                if key in measured  # the last is new
+            },
             "layers": stages["pruned"]["layers"],
         }
 

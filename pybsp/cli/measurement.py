@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..integrations.distillation import hidden_states_loss, logits_loss
 from ..nn.linear import BlockSparseLinear
 from ..nn.pack import pack_
 from . import engines
@@ -78,6 +79,36 @@ def agreement(
         "agree": bool(np.isfinite(packed).all() and difference <= tolerance),
         "same_predictions": float((dense.argmax(1) == packed.argmax(1)).mean()),
     }
+
+
+def fidelity(
+    teacher: nn.Module, pruned: nn.Module, inputs: Iterable[Mapping[str, Any]]
+) -> dict[str, float]:
+    """How far a pruned model went from the dense one that it was cut from.
+
+    ``inputs`` are batches of both models. ``hidden_states`` is the squared error of the
+    outputs of the layers, of their size (the loss of distillation), and ``logits`` the
+    divergence KL(dense || pruned) in nats, or with one output the squared error; both
+    means over the examples. A score counts the answers that turn, these see every
+    example move: they tell recipes apart where one seed's scores cannot.
+    """
+    sums = {"hidden_states": 0.0, "logits": 0.0}
+    examples = 0
+    with torch.inference_mode():
+        for batch in inputs:
+            theirs, ours = (
+                model.eval()(**batch, output_hidden_states=True)
+                for model in (teacher, pruned)
+            )
+            mask = batch.get("attention_mask")
+            errors = (
+                hidden_states_loss(ours.hidden_states, theirs.hidden_states, mask),
+                logits_loss(ours.logits, theirs.logits, temperature=1.0),
+            )
+            for name, error in zip(sums, errors, strict=True):
+                sums[name] += float(error) * len(ours.logits)
+            examples += len(ours.logits)
+    return {name: float(f"{total / examples:.4g}") for name, total in sums.items()}
 
 
 def file_sizes(folder: Path, layers: Sequence[str]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .errors import WorkError
 from .tasks import Split
+from .used_rows import train_used_rows
 
 Features: TypeAlias = list[dict[str, Any]]
 TRAINER_STATE = "trainer_state.json"
@@ -245,7 +246,8 @@ def fit(
         callbacks=[*callbacks, ProgressBar(settings.title)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder, whole))
+    with train_used_rows(model, [example["input_ids"] for example in features]):
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder, whole))
     # without what mixed precision put around its forward
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     check_finite(model.named_parameters())

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import BertConfig, BertForSequenceClassification
 
 from pybsp.cli import measurement
 from pybsp.cli.errors import WorkError
@@ -18,6 +19,48 @@ from pybsp.cli.errors import WorkError
 )  # fmt: skip
 def test_the_encoder_is_what_all_pruned_layers_lie_below(layers, prefix):
     assert measurement.encoder_prefix(layers) == prefix
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_fidelity_is_a_mean_over_the_examples_without_padding(outputs):
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=16, num_labels=outputs,
+    )  # fmt: skip
+    teacher, pruned = (BertForSequenceClassification(config) for _ in range(2))
+    with torch.no_grad():
+        teacher.classifier.weight *= 30  # not all classes alike
+    ids = torch.tensor([[2, 7, 9, 4], [2, 8, 0, 0], [2, 9, 5, 0]])
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    batches = [
+        {k: v[:2] for k, v in inputs.items()},
+        {k: v[2:] for k, v in inputs.items()},
+    ]
+    found = measurement.fidelity(teacher, pruned, batches)
+    hidden = logits = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            rows = batch["attention_mask"].bool()
+            theirs, ours = (
+                m.eval()(**batch, output_hidden_states=True) for m in (teacher, pruned)
+            )
+            error = sum(
+                (((a - b)[rows] ** 2).sum() / (b[rows] ** 2).sum()).item() / 2
+                for a, b in zip(ours.hidden_states[1:], theirs.hidden_states[1:],
+                                strict=True)
+            )  # fmt: skip
+            hidden += error * len(rows) / 3
+            if outputs == 1:
+                logits += ((ours.logits - theirs.logits) ** 2).sum().item() / 3
+            else:
+                p, q = (x.logits.softmax(-1) for x in (theirs, ours))
+                logits += (p * (p / q).log()).sum().item() / 3
+    assert found["hidden_states"] == pytest.approx(hidden, rel=1e-3)
+    assert found["logits"] == pytest.approx(logits, rel=1e-3)
+    assert measurement.fidelity(teacher, teacher, batches) == {
+        "hidden_states": 0, "logits": 0,
+    }  # fmt: skip
 
 
 def test_agreement_is_judged_by_the_size_of_the_logits():

@@ -48,6 +48,8 @@ def test_results_are_complete(results):
     assert results["latency"]["threads"] == 1
     assert set(results["latency"]["candidates"]) >= {"dense", "packed"}
     assert results["agreement"]["agree"] is True
+    assert 0 < results["fidelity"]["hidden_states"] < 1
+    assert results["fidelity"]["logits"] > 0
     assert results["config"]["block_shape"] == [8, 1]
 
 
