@@ -152,10 +152,25 @@ def glue_variants() -> str:
             if len(differences) > 1:
                 error = statistics.stdev(differences) / len(differences) ** 0.5
                 paired += f" +- {error:.1f}"
+        ratios = [
+            theirs / ours
+            for cell, default in pairs.items()
+            if (cell.variant, cell.sparsity, cell.block) == setting
+            if (theirs := divergence(cell)) and (ours := divergence(default))
+        ]
+        ratio = f"{statistics.geometric_mean(ratios):.2f}x" if ratios else ""
         block = f"({block.replace(',', ', ')})"
-        rows.append([variant, block, f"{sparsity:.0%}", *scores[: len(tasks)], paired])
-    last = "against `reconstruct` +- standard error"
-    return markdown(["variant", "block", "sparsity", *tasks, last], rows)
+        rows.append(
+            [variant, block, f"{sparsity:.0%}", *scores[: len(tasks)], paired, ratio]
+        )
+    last = ["against `reconstruct` +- standard error", "divergence"]
+    return markdown(["variant", "block", "sparsity", *tasks, *last], rows)
+
+
+def divergence(cell: study.Cell) -> float | None:
+    """Of the logits from the dense model's; None for runs that did not record it."""
+    results = study.read_results(RESULTS / "glue" / f"{cell.name}.json")
+    return results.get("fidelity", {}).get("logits")  # type: ignore[no-any-return]
 
 
 def linear() -> str:

@@ -17,6 +17,7 @@ from . import prune, tasks
 from .arguments import block_shape, fraction, positive_int
 from .errors import FAILED, OK, UsageError, WorkError
 from .main import Result, build_parser
+from .recipe import first_cuts
 from .study import (
     ABLATIONS,
     VARIANTS,
@@ -176,6 +177,12 @@ def choose(arguments: argparse.Namespace) -> list[Cell]:
         variants, blocks = ABLATIONS[arguments.ablation]
     for name in arguments.tasks:
         tasks.find_task(name)
+    for sparsity in arguments.sparsities:
+        if "one-cut" in (variants or ()) and not first_cuts(sparsity):
+            raise UsageError(
+                f"one-cut at {100 * sparsity:g} % is what every variant does there; "
+                "choose --sparsities above 0.7"
+            )
     return cells(
         arguments.tasks, variants or ("reconstruct",), arguments.sparsities,
         blocks or ("8,1",), arguments.seeds,

@@ -81,6 +81,7 @@ def test_a_run_that_fails_takes_no_other_along(cli, model, tmp_path):
         ("unknown task 'sst9'", ["--tasks", "sst9"]),
         ("leave --variants", ["--ablation", "penalty", "--variants", "paper"]),
         ("invalid choice", ["--ablation", "magic"]),
+        ("one-cut at 70 %", ["--ablation", "cuts", "--sparsities", "0.8", "0.7"]),
         ("a block shape is two extents", ["--block-shapes", "8"]),
         ("add --recipe ramp", ["--", "--ramp", "cubic"]),
         ("behind --: unrecognized arguments: --magic 1", ["--", "--magic", "1"]),
