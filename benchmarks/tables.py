@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/results.md", "docs/speed.md", "docs/pruning.md",
          "docs/quantization.md")  # fmt: skip
 GLUE_TASKS = ("mrpc", "stsb", "cola", "rte", "sst2")
+PENALTIES = ("no-penalty", "fixed", "reweighted")
 METRICS = {"accuracy": "accuracy", "f1": "F1"}
 
 
@@ -44,9 +45,9 @@ def score(run: dict[str, Any], stage: str) -> str:
     return " / ".join(f"{100 * found[metric]:.1f}" for metric in run["task"]["metrics"])
 
 
-def studied() -> list[study.Cell]:
+def studied(folder: str = "glue") -> list[study.Cell]:
     """The runs of ``pybsp glue`` in the order of blocks, sparsities and variants."""
-    files = (RESULTS / "glue").glob("*.json")
+    files = (RESULTS / folder).glob("*.json")
     order = list(study.VARIANTS)
     return sorted(
         (study.Cell.from_name(file.stem) for file in files),
@@ -60,10 +61,13 @@ def by_default() -> dict[study.Setting, dict[str, study.Summary]]:
     return study.summaries(RESULTS / "glue", cells)
 
 
-def cell_score(cell: study.Cell, stage: str) -> float:
+def cell_results(cell: study.Cell, folder: str = "glue") -> dict[str, Any]:
+    return study.read_results(RESULTS / folder / f"{cell.name}.json")
+
+
+def cell_score(cell: study.Cell, stage: str, folder: str = "glue") -> float:
     """In percent, of the ``"dense"`` or the ``"packed"`` model of a run."""
-    file = RESULTS / "glue" / f"{cell.name}.json"
-    return study.score(study.read_results(file)["scores"][stage])
+    return study.score(cell_results(cell, folder)["scores"][stage])
 
 
 def latencies() -> dict[tuple[float, str], dict[str, Any]]:
@@ -126,25 +130,45 @@ def glue() -> str:
 
 
 def glue_variants() -> str:
-    """What changes when one thing of the recipe does: the same tasks and seeds."""
-    cells = studied()
+    """What changes when one thing of the recipe does, at full length."""
+    return compared("glue", "reconstruct", study.VARIANTS)
+
+
+def parts() -> str:
+    """The same in short runs."""
+    names = [name for name in study.VARIANTS if name not in PENALTIES]
+    return compared("ablation", "reconstruct", names)
+
+
+def penalties() -> str:
+    """A group Lasso penalty before the cut against none, in short runs."""
+    return compared("ablation", "no-penalty", PENALTIES)
+
+
+def compared(folder: str, default: str, variants: Iterable[str]) -> str:
+    """Variants of a recipe against the default, over the same tasks and seeds."""
+    cells = [cell for cell in studied(folder) if cell.variant in variants]
     pairs = {
-        cell: default
+        cell: other
         for cell in cells
-        if (default := replace(cell, variant="reconstruct")) in cells
-        if cell != default
+        if (other := replace(cell, variant=default)) in cells
+        if cell != other
     }
     found = study.summaries(
-        RESULTS / "glue", (c for c in cells if c in pairs or c in pairs.values())
+        RESULTS / folder, (c for c in cells if c in pairs or c in pairs.values())
     )
     tasks = [task for task in GLUE_TASKS if any(task in row for row in found.values())]
     rows = []
     for setting, scores in zip(found, score_rows(found, tasks), strict=True):
         variant, sparsity, block = setting
-        differences = [
-            cell_score(cell, "packed") - cell_score(default, "packed")
-            for cell, default in pairs.items()
+        here = {
+            cell: other
+            for cell, other in pairs.items()
             if (cell.variant, cell.sparsity, cell.block) == setting
+        }
+        differences = [
+            cell_score(cell, "packed", folder) - cell_score(other, "packed", folder)
+            for cell, other in here.items()
         ]
         paired = ""
         if differences:
@@ -154,23 +178,23 @@ def glue_variants() -> str:
                 paired += f" +- {error:.1f}"
         ratios = [
             theirs / ours
-            for cell, default in pairs.items()
-            if (cell.variant, cell.sparsity, cell.block) == setting
-            if (theirs := divergence(cell)) and (ours := divergence(default))
+            for cell, other in here.items()
+            if (theirs := divergence(cell, folder))
+            if (ours := divergence(other, folder))
         ]
         ratio = f"{statistics.geometric_mean(ratios):.2f}x" if ratios else ""
         block = f"({block.replace(',', ', ')})"
         rows.append(
             [variant, block, f"{sparsity:.0%}", *scores[: len(tasks)], paired, ratio]
         )
-    last = ["against `reconstruct` +- standard error", "divergence"]
+    last = [f"against `{default}` +- standard error", "divergence"]
     return markdown(["variant", "block", "sparsity", *tasks, *last], rows)
 
 
-def divergence(cell: study.Cell) -> float | None:
+def divergence(cell: study.Cell, folder: str) -> float | None:
     """Of the logits from the dense model's; None for runs that did not record it."""
-    results = study.read_results(RESULTS / "glue" / f"{cell.name}.json")
-    return results.get("fidelity", {}).get("logits")  # type: ignore[no-any-return]
+    found = cell_results(cell, folder).get("fidelity", {})
+    return found.get("logits")  # type: ignore[no-any-return]
 
 
 def linear() -> str:
@@ -369,6 +393,8 @@ def recovery() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "glue": glue,
     "glue_variants": glue_variants,
+    "parts": parts,
+    "penalties": penalties,
     "linear": linear,
     "one_shot": one_shot,
     "recovery": recovery,
