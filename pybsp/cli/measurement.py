@@ -86,13 +86,14 @@ def fidelity(
 ) -> dict[str, float]:
     """How far a pruned model went from the dense one that it was cut from.
 
-    ``inputs`` are batches of both models. ``hidden_states`` is the squared error of the
-    outputs of the layers, of their size (the loss of distillation), and ``logits`` the
-    divergence KL(dense || pruned) in nats, or with one output the squared error; both
-    means over the examples. A score counts the answers that turn, these see every
-    example move: they tell recipes apart where one seed's scores cannot.
+    ``inputs`` are batches of both models. ``logits`` is the divergence
+    KL(dense || pruned) in nats, or with one output the squared error, and
+    ``hidden_states``, of models that give them, the squared error of the outputs of the
+    layers, of their size (the loss of distillation); both means over the examples. A
+    score counts the answers that turn, these see every example move: they tell recipes
+    apart where one seed's scores cannot.
     """
-    sums = {"hidden_states": 0.0, "logits": 0.0}
+    sums: dict[str, float] = {}
     examples = 0
     with torch.inference_mode():
         for batch in inputs:
@@ -100,13 +101,15 @@ def fidelity(
                 model.eval()(**batch, output_hidden_states=True)
                 for model in (teacher, pruned)
             )
-            mask = batch.get("attention_mask")
-            errors = (
-                hidden_states_loss(ours.hidden_states, theirs.hidden_states, mask),
-                logits_loss(ours.logits, theirs.logits, temperature=1.0),
-            )
-            for name, error in zip(sums, errors, strict=True):
-                sums[name] += float(error) * len(ours.logits)
+            errors = {"logits": logits_loss(ours.logits, theirs.logits, temperature=1)}
+            if ours.get("hidden_states") and theirs.get("hidden_states"):
+                errors["hidden_states"] = hidden_states_loss(
+                    ours.hidden_states,
+                    theirs.hidden_states,
+                    batch.get("attention_mask"),
+                )
+            for name, error in errors.items():
+                sums[name] = sums.get(name, 0.0) + float(error) * len(ours.logits)
             examples += len(ours.logits)
     return {name: float(f"{total / examples:.4g}") for name, total in sums.items()}
 

@@ -1,8 +1,11 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pybsp.cli import measurement
 from pybsp.cli.errors import WorkError
@@ -61,6 +64,17 @@ def test_fidelity_is_a_mean_over_the_examples_without_padding(outputs):
     assert measurement.fidelity(teacher, teacher, batches) == {
         "hidden_states": 0, "logits": 0,
     }  # fmt: skip
+
+
+def test_fidelity_of_models_that_give_no_hidden_states():
+    def constant(*logits):
+        model = torch.nn.Identity()
+        output = SequenceClassifierOutput(logits=torch.tensor([logits]).log())
+        model.forward = lambda **_: output
+        return model
+
+    found = measurement.fidelity(constant(0.5, 0.5), constant(0.75, 0.25), [{"a": 1}])
+    assert found == {"logits": pytest.approx(0.5 * math.log(4 / 3), rel=1e-3)}
 
 
 def test_agreement_is_judged_by_the_size_of_the_logits():
