@@ -25,7 +25,6 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/results.md", "docs/speed.md", "docs/pruning.md",
          "docs/quantization.md")  # fmt: skip
 GLUE_TASKS = ("mrpc", "stsb", "cola", "rte", "sst2")
-PENALTIES = ("no-penalty", "fixed", "reweighted")
 METRICS = {"accuracy": "accuracy", "f1": "F1"}
 
 
@@ -130,19 +129,8 @@ def glue() -> str:
 
 
 def glue_variants() -> str:
-    """What changes when one thing of the recipe does, at full length."""
+    """What changes when one thing of the recipe does."""
     return compared("glue", "reconstruct", study.VARIANTS)
-
-
-def parts() -> str:
-    """The same in short runs."""
-    names = [name for name in study.VARIANTS if name not in PENALTIES]
-    return compared("ablation", "reconstruct", names)
-
-
-def penalties() -> str:
-    """A group Lasso penalty before the cut against none, in short runs."""
-    return compared("ablation", "no-penalty", PENALTIES)
 
 
 def compared(folder: str, default: str, variants: Iterable[str]) -> str:
@@ -177,10 +165,10 @@ def compared(folder: str, default: str, variants: Iterable[str]) -> str:
                 error = statistics.stdev(differences) / len(differences) ** 0.5
                 paired += f" +- {error:.1f}"
         ratios = [
-            theirs / ours
+            changed / usual
             for cell, other in here.items()
-            if (theirs := divergence(cell, folder))
-            if (ours := divergence(other, folder))
+            if (changed := divergence(cell, folder))
+            if (usual := divergence(other, folder))
         ]
         ratio = f"{statistics.geometric_mean(ratios):.2f}x" if ratios else ""
         block = f"({block.replace(',', ', ')})"
@@ -393,8 +381,6 @@ def recovery() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "glue": glue,
     "glue_variants": glue_variants,
-    "parts": parts,
-    "penalties": penalties,
     "linear": linear,
     "one_shot": one_shot,
     "recovery": recovery,

@@ -421,7 +421,7 @@ class Experiment:
             **{
                 key: measured[key]
                 for key in ("files", "latency", "agreement", "fidelity")
-                if key in measured  # the last is new
+                if key in measured  # older runs have no fidelity
             },
             "layers": stages["pruned"]["layers"],
         }

@@ -180,8 +180,8 @@ def choose(arguments: argparse.Namespace) -> list[Cell]:
     for sparsity in arguments.sparsities:
         if "one-cut" in (variants or ()) and not first_cuts(sparsity):
             raise UsageError(
-                f"one-cut at {100 * sparsity:g} % is what every variant does there; "
-                "choose --sparsities above 0.7"
+                f"one-cut at {100 * sparsity:g} % is the default recipe, which cuts "
+                "more than once only above 70 %; leave that sparsity out"
             )
     return cells(
         arguments.tasks, variants or ("reconstruct",), arguments.sparsities,

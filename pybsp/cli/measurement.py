@@ -89,8 +89,8 @@ def fidelity(
     ``inputs`` are batches of both models. ``logits`` is the divergence
     KL(dense || pruned) in nats, or with one output the squared error, and
     ``hidden_states``, of models that give them, the squared error of the outputs of the
-    layers, of their size (the loss of distillation); both means over the examples. A
-    score counts the answers that turn, these see every example move: they tell recipes
+    layers, of their size (the loss of distillation), a mean over the batches. A score
+    counts the answers that turn, these see every example move: they tell recipes
     apart where one seed's scores cannot.
     """
     sums: dict[str, float] = {}

@@ -28,7 +28,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .errors import WorkError
 from .tasks import Split
-from .used_rows import train_used_rows
 
 Features: TypeAlias = list[dict[str, Any]]
 TRAINER_STATE = "trainer_state.json"
@@ -246,8 +245,7 @@ def fit(
         callbacks=[*callbacks, ProgressBar(settings.title)],
     )
     trainer.remove_callback(PrinterCallback)
-    with train_used_rows(model, [example["input_ids"] for example in features]):
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder, whole))
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder, whole))
     # without what mixed precision put around its forward
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     check_finite(model.named_parameters())
