@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,9 @@ def score(run: dict[str, Any], stage: str) -> str:
     return " / ".join(f"{100 * found[metric]:.1f}" for metric in run["task"]["metrics"])
 
 
-def studied(folder: str = "glue") -> list[study.Cell]:
+def studied() -> list[study.Cell]:
     """The runs of ``pybsp glue`` in the order of blocks, sparsities and variants."""
-    files = (RESULTS / folder).glob("*.json")
+    files = (RESULTS / "glue").glob("*.json")
     order = list(study.VARIANTS)
     return sorted(
         (study.Cell.from_name(file.stem) for file in files),
@@ -60,13 +60,13 @@ def by_default() -> dict[study.Setting, dict[str, study.Summary]]:
     return study.summaries(RESULTS / "glue", cells)
 
 
-def cell_results(cell: study.Cell, folder: str = "glue") -> dict[str, Any]:
-    return study.read_results(RESULTS / folder / f"{cell.name}.json")
+def cell_results(cell: study.Cell) -> dict[str, Any]:
+    return study.read_results(RESULTS / "glue" / f"{cell.name}.json")
 
 
-def cell_score(cell: study.Cell, stage: str, folder: str = "glue") -> float:
+def cell_score(cell: study.Cell, stage: str) -> float:
     """In percent, of the ``"dense"`` or the ``"packed"`` model of a run."""
-    return study.score(cell_results(cell, folder)["scores"][stage])
+    return study.score(cell_results(cell)["scores"][stage])
 
 
 def latencies() -> dict[tuple[float, str], dict[str, Any]]:
@@ -129,21 +129,16 @@ def glue() -> str:
 
 
 def glue_variants() -> str:
-    """What changes when one thing of the recipe does."""
-    return compared("glue", "reconstruct", study.VARIANTS)
-
-
-def compared(folder: str, default: str, variants: Iterable[str]) -> str:
-    """Variants of a recipe against the default, over the same tasks and seeds."""
-    cells = [cell for cell in studied(folder) if cell.variant in variants]
+    """What changes when one thing of the recipe does: the same tasks and seeds."""
+    cells = studied()
     pairs = {
         cell: other
         for cell in cells
-        if (other := replace(cell, variant=default)) in cells
+        if (other := replace(cell, variant="reconstruct")) in cells
         if cell != other
     }
     found = study.summaries(
-        RESULTS / folder, (c for c in cells if c in pairs or c in pairs.values())
+        RESULTS / "glue", (c for c in cells if c in pairs or c in pairs.values())
     )
     tasks = [task for task in GLUE_TASKS if any(task in row for row in found.values())]
     rows = []
@@ -155,7 +150,7 @@ def compared(folder: str, default: str, variants: Iterable[str]) -> str:
             if (cell.variant, cell.sparsity, cell.block) == setting
         }
         differences = [
-            cell_score(cell, "packed", folder) - cell_score(other, "packed", folder)
+            cell_score(cell, "packed") - cell_score(other, "packed")
             for cell, other in here.items()
         ]
         paired = ""
@@ -167,21 +162,21 @@ def compared(folder: str, default: str, variants: Iterable[str]) -> str:
         ratios = [
             changed / usual
             for cell, other in here.items()
-            if (changed := divergence(cell, folder))
-            if (usual := divergence(other, folder))
+            if (changed := divergence(cell))
+            if (usual := divergence(other))
         ]
         ratio = f"{statistics.geometric_mean(ratios):.2f}x" if ratios else ""
         block = f"({block.replace(',', ', ')})"
         rows.append(
             [variant, block, f"{sparsity:.0%}", *scores[: len(tasks)], paired, ratio]
         )
-    last = [f"against `{default}` +- standard error", "divergence"]
+    last = ["against `reconstruct` +- standard error", "divergence"]
     return markdown(["variant", "block", "sparsity", *tasks, *last], rows)
 
 
-def divergence(cell: study.Cell, folder: str) -> float | None:
+def divergence(cell: study.Cell) -> float | None:
     """Of the logits from the dense model's; None for runs that did not record it."""
-    found = cell_results(cell, folder).get("fidelity", {})
+    found = cell_results(cell).get("fidelity", {})
     return found.get("logits")  # type: ignore[no-any-return]
 
 
