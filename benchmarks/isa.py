@@ -1,6 +1,8 @@
-"""The kernel on every instruction set of this CPU, tiles in and out, 80 %.
+"""The kernel and whole encoders on every instruction set of this CPU, 80 %.
 
-Each is compared with its own multiply-add peak; plain C++ is there for information.
+The kernel has tiles in and out. Encoders are those of ``benchmarks.whole_encoder``,
+without its peers. All are compared with the instruction set's own multiply-add peak;
+plain C++ is there for information.
 
     python -m benchmarks.isa [--quick]
 """
@@ -10,13 +12,20 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+import torch
+
 import pybsp
-from benchmarks import kernel
+from benchmarks import kernel, whole_encoder
 from benchmarks.section import Options, Section, Summary, block_text, main, reach
+from benchmarks.turns import take_turns
 
 LAYERS = ("minilm_ffn_down", "bert_base_attention", "bert_base_ffn_up",
           "bert_base_ffn_down", "odd_312_up", "odd_1152_down")  # fmt: skip
+#: Others differ from one of these in products of 8 bits alone.
+FLOAT_ISAS = ("generic", "neon", "avx2", "avx512")
 TARGETS = {"avx2": 0.8, "neon": 0.8}
+#: Of 128 tokens in (8, 1) blocks, over the floor of the arithmetic.
+ENCODERS = {"bert_base": 1.3, "minilm": 1.43}
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -24,11 +33,13 @@ def measure(options: Options) -> dict[str, Any]:
     if gone:
         return gone
     rows: list[dict[str, Any]] = []
+    encoders: list[dict[str, Any]] = []
     active = pybsp.ops.active_isa()
     try:
-        for isa in pybsp.ops.available_isas():
+        for isa in filter(FLOAT_ISAS.__contains__, pybsp.ops.available_isas()):
             pybsp.ops.set_active_isa(isa)
             rows += kernel.tile_rows(options, options.sparsities or (0.8,), LAYERS)
+            encoders += [encoder_row(name) for name in ENCODERS]
     finally:
         pybsp.ops.set_active_isa(active)
     targets = []
@@ -36,7 +47,41 @@ def measure(options: Options) -> dict[str, Any]:
         found = [row["of_peak"] for row in rows if row["isa"] == isa]
         what = f"kernel on {isa}, M >= 96, 80 %, of its FMA peak"
         targets += reach(what, found, median=bound)
-    return {"rows": rows, "targets": targets}
+        for name, bound in ENCODERS.items():
+            what = f"{name}, ids to states, 1 x 128, 80 %, on {isa}, over its floor"
+            ratios = [
+                row["over_floor"]
+                for row in encoders
+                if (row["model"], row["isa"]) == (name, isa)
+            ]
+            targets += reach(what, ratios, median=bound, at_most=True, form="{:.2f}x")
+    return {"rows": rows, "encoders": encoders, "targets": targets}
+
+
+@torch.inference_mode()
+def encoder_row(name: str, length: int = 128) -> dict[str, Any]:
+    """One sequence through a whole encoder in (8, 1) blocks, 80 %."""
+    model, kept = whole_encoder.pruned(name, (8, 1), 0.8)
+    ids = torch.randint(1000, 30000, (1, length))
+    expected = model.double()(ids).last_hidden_state
+    report = pybsp.pack_(model.float(), block_shape=(8, 1), min_gain=0)
+    assert all(encoder.native for encoder in report.encoders), report.encoders
+    whole_encoder.check(name, model(ids).last_hidden_state, expected)
+    peak = pybsp.ops.fma_peak() * torch.get_num_threads()
+    rounds = take_turns({"pybsp": lambda: model(ids)}, seconds=2.0, min_rounds=5)
+    operations = whole_encoder.arithmetic(model.config, kept, 1, length)
+    return {
+        "model": name,
+        "M": length,
+        "block_shape": [8, 1],
+        "sparsity": 0.8,
+        "dtype": "float32",
+        "threads": torch.get_num_threads(),
+        "isa": pybsp.ops.active_isa(),
+        "peak_gflops": round(peak / 1e9, 1),
+        "times": {"pybsp": rounds.to_dict("pybsp")},
+        "over_floor": round(rounds.median("pybsp") * peak / operations, 3),
+    }
 
 
 def summary(data: dict[str, Any]) -> Summary:
@@ -47,9 +92,16 @@ def summary(data: dict[str, Any]) -> Summary:
         blocks = cells.setdefault(row["isa"], {})
         blocks.setdefault(block_text(row["block_shape"]), []).append(row["of_peak"])
     heads = list(dict.fromkeys(block for isa in cells.values() for block in isa))
-    return ["isa", "peak GFLOP/s", *heads], [
+    floors = {(row["isa"], row["model"]): row["over_floor"] for row in data["encoders"]}
+    return [
+        "isa",
+        "peak GFLOP/s",
+        *heads,
+        *(f"{name}, over floor" for name in ENCODERS),
+    ], [
         [isa, f"{peaks[isa]:.0f}"]
         + [f"{statistics.median(blocks[b]):.2f}" if b in blocks else "" for b in heads]
+        + [f"{floors[isa, name]:.2f}x" for name in ENCODERS]
         for isa, blocks in cells.items()
     ]
 

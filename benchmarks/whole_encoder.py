@@ -112,7 +112,6 @@ def compare(
     options: Options,
 ) -> dict[str, Any]:  # fmt: skip
     model, kept = pruned(name, block, sparsity)
-    hidden, layers = model.config.hidden_size, model.config.num_hidden_layers
     ids = torch.randint(1000, 30000, (batch, length))
     dense = FromIds(model).eval()  # the exporter restores the mode it finds
     packed_model = copy.deepcopy(model)
@@ -138,15 +137,13 @@ def compare(
         rounds = take_turns(
             calls, seconds=4.0, min_rounds=2 if batch > 1 else 5, always_warm=batch == 1
         )
-    tokens = batch * length
-    # Two products of (length, length, hidden) a layer beside the linear ones.
-    operations = 2 * tokens * kept + layers * 4 * tokens * length * hidden
+    operations = arithmetic(model.config, kept, batch, length)
     speedup = {
         peer: round(rounds.ratio(peer, "pybsp"), 2) for peer in calls if peer != "pybsp"
     }
     return {
         "model": name,
-        "layers": layers,
+        "layers": model.config.num_hidden_layers,
         "batch": batch,
         "M": length,
         "block_shape": list(block),
@@ -161,6 +158,13 @@ def compare(
         "speedup": speedup,
         "over_dense": min(speedup[peer] for peer in dense_peers),
     }
+
+
+def arithmetic(config: BertConfig, kept: int, batch: int, length: int) -> int:
+    """Operations of a call: kept weights, and two products of (length, length, hidden)
+    a layer for attention."""
+    attention = config.num_hidden_layers * 2 * length * config.hidden_size
+    return 2 * batch * length * (kept + attention)
 
 
 def ragged_rate(name: str) -> dict[str, Any]:
