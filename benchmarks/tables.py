@@ -44,12 +44,11 @@ def score(run: dict[str, Any], stage: str) -> str:
     return " / ".join(f"{100 * found[metric]:.1f}" for metric in run["task"]["metrics"])
 
 
-def studied() -> list[study.Cell]:
+def studied(folder: str = "glue") -> list[study.Cell]:
     """The runs of ``pybsp glue`` in the order of blocks, sparsities and variants."""
-    files = (RESULTS / "glue").glob("*.json")
     order = list(study.VARIANTS)
     return sorted(
-        (study.Cell.from_name(file.stem) for file in files),
+        (study.Cell.from_name(f.stem) for f in (RESULTS / folder).glob("*.json")),
         key=lambda c: (c.block, c.sparsity, order.index(c.variant), c.task, c.seed),
     )
 
@@ -60,13 +59,13 @@ def by_default() -> dict[study.Setting, dict[str, study.Summary]]:
     return study.summaries(RESULTS / "glue", cells)
 
 
-def cell_results(cell: study.Cell) -> dict[str, Any]:
-    return study.read_results(RESULTS / "glue" / f"{cell.name}.json")
+def cell_results(cell: study.Cell, folder: str = "glue") -> dict[str, Any]:
+    return study.read_results(RESULTS / folder / f"{cell.name}.json")
 
 
-def cell_score(cell: study.Cell, stage: str) -> float:
+def cell_score(cell: study.Cell, stage: str, folder: str = "glue") -> float:
     """In percent, of the ``"dense"`` or the ``"packed"`` model of a run."""
-    return study.score(cell_results(cell)["scores"][stage])
+    return study.score(cell_results(cell, folder)["scores"][stage])
 
 
 def latencies() -> dict[tuple[float, str], dict[str, Any]]:
@@ -128,17 +127,20 @@ def glue() -> str:
     )
 
 
-def glue_variants() -> str:
-    """What changes when one thing of the recipe does: the same tasks and seeds."""
-    cells = studied()
+def variants(
+    folder: str = "glue", usual: str = "reconstruct", names: Sequence[str] = ()
+) -> str:
+    """What changes when one thing of the ``usual`` variant does: the same tasks and
+    seeds. ``names`` are the variants of the table; all by default."""
+    cells = [c for c in studied(folder) if not names or c.variant in names]
     pairs = {
         cell: other
         for cell in cells
-        if (other := replace(cell, variant="reconstruct")) in cells
+        if (other := replace(cell, variant=usual)) in cells
         if cell != other
     }
     found = study.summaries(
-        RESULTS / "glue", (c for c in cells if c in pairs or c in pairs.values())
+        RESULTS / folder, (c for c in cells if c in pairs or c in pairs.values())
     )
     tasks = [task for task in GLUE_TASKS if any(task in row for row in found.values())]
     rows = []
@@ -150,7 +152,7 @@ def glue_variants() -> str:
             if (cell.variant, cell.sparsity, cell.block) == setting
         }
         differences = [
-            cell_score(cell, "packed") - cell_score(other, "packed")
+            cell_score(cell, "packed", folder) - cell_score(other, "packed", folder)
             for cell, other in here.items()
         ]
         paired = ""
@@ -160,23 +162,28 @@ def glue_variants() -> str:
                 error = statistics.stdev(differences) / len(differences) ** 0.5
                 paired += f" +- {error:.1f}"
         ratios = [
-            changed / usual
+            changed / default
             for cell, other in here.items()
-            if (changed := divergence(cell))
-            if (usual := divergence(other))
+            if (changed := divergence(cell, folder))
+            if (default := divergence(other, folder))
         ]
         ratio = f"{statistics.geometric_mean(ratios):.2f}x" if ratios else ""
         block = f"({block.replace(',', ', ')})"
         rows.append(
             [variant, block, f"{sparsity:.0%}", *scores[: len(tasks)], paired, ratio]
         )
-    last = ["against `reconstruct` +- standard error", "divergence"]
+    last = [f"against `{usual}` +- standard error", "divergence"]
     return markdown(["variant", "block", "sparsity", *tasks, *last], rows)
 
 
-def divergence(cell: study.Cell) -> float | None:
+def ablation(name: str, usual: str) -> Callable[[], str]:
+    """One of the ablations of ``pybsp glue``, at fewer epochs."""
+    return lambda: variants("ablation", usual, study.ABLATIONS[name][0])
+
+
+def divergence(cell: study.Cell, folder: str = "glue") -> float | None:
     """Of the logits from the dense model's; None for runs that did not record it."""
-    found = cell_results(cell).get("fidelity", {})
+    found = cell_results(cell, folder).get("fidelity", {})
     return found.get("logits")  # type: ignore[no-any-return]
 
 
@@ -375,7 +382,9 @@ def recovery() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "glue": glue,
-    "glue_variants": glue_variants,
+    "glue_variants": variants,
+    "ablation_penalty": ablation("penalty", "no-penalty"),
+    "ablation_recipe": ablation("recipe", "reconstruct"),
     "linear": linear,
     "one_shot": one_shot,
     "recovery": recovery,

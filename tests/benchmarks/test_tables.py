@@ -78,7 +78,7 @@ def test_studies_stand_beside_the_dense_model(results: Path) -> None:
         "| (8, 1) | 44% | 87.0 (+1.0) |  | +1.0 |  |  |",
         "| (8, 1) | 80% | 85.5 +- 0.7 (-1.5) | 31.0 (+1.0) | -0.2 | 2.00 | 4.0x |",
     ]
-    assert tables.glue_variants().splitlines()[2:] == [
+    assert tables.variants().splitlines()[2:] == [
         "| reconstruct | (8, 1) | 44% | 87.0 (+1.0) |  |  |  |",
         "| dropout | (8, 1) | 44% | 90.0 (+4.0) |  | +3.0 | 0.77x |",
         "| reconstruct | (8, 1) | 80% | 85.0 (-1.0) | 31.0 (+1.0) |  |  |",
@@ -86,6 +86,22 @@ def test_studies_stand_beside_the_dense_model(results: Path) -> None:
         "| 1.07x |",
     ]
     assert figures.accuracy() is not None
+
+
+def test_an_ablation_has_its_own_folder_and_its_own_variants(results: Path) -> None:
+    (results / "ablation").mkdir()
+    for variant, packed in (("no-penalty", 0.80), ("fixed", 0.82), ("dropout", 0.99)):
+        scores = {"dense": {"accuracy": 0.86}, "packed": {"accuracy": packed}}
+        text = json.dumps({"scores": scores, "options": {}})
+        name = f"mrpc-{variant}-80-8x1-seed0"
+        (results / "ablation" / f"{name}.json").write_text(text, encoding="utf-8")
+    head, _, *rows = tables.TABLES["ablation_penalty"]().splitlines()
+    assert "against `no-penalty`" in head
+    assert rows == [
+        "| fixed | (8, 1) | 80% | 82.0 (-4.0) | +2.0 |  |",
+        "| no-penalty | (8, 1) | 80% | 80.0 (-6.0) |  |  |",
+    ]
+    assert tables.TABLES["ablation_recipe"]().count("\n") == 1
 
 
 @pytest.mark.usefixtures("results")
