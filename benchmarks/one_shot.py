@@ -3,9 +3,9 @@
 all-MiniLM-L6-v2, fine-tuned on a GLUE task, is cut to each sparsity by block norms
 alone and by ``prune_one_shot`` on training texts without labels. The error is that
 of the last hidden states on the dev texts, relative to their variance. The dense
-checkpoint is RUNS/<task>-dense, as ``python -m benchmarks.recovery`` leaves it.
+checkpoint is one that ``pybsp glue`` left in STUDY/dense.
 
-    python -m benchmarks.one_shot --data DIR --runs DIR --task sst2
+    python -m benchmarks.one_shot --data DIR --dense STUDY/dense/sst2-seed0 --task sst2
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ class Task:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.data = tasks.load(arguments.task, arguments.data)
-        dense = str(arguments.runs / f"{arguments.task}-dense")
         outputs = self.data.task.outputs
-        self.model, self.tokenizer = models.load_classifier(dense, outputs)
+        self.model, self.tokenizer = models.load_classifier(
+            str(arguments.dense), outputs
+        )
         self.model.eval()
         classes = not self.data.task.is_regression
         self.train, self.dev = (
@@ -73,7 +74,7 @@ class Task:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--dense", type=Path, required=True)
     parser.add_argument("--task", required=True)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.8])
     parser.add_argument("--texts", type=int, nargs="+", default=[512])

@@ -3,9 +3,9 @@
 all-MiniLM-L6-v2, fine-tuned on sst2, continues training with the reweighted
 group-Lasso penalty or without, for the same steps, and is then cut to 20 % of its
 blocks in one go. Saves both histograms of block norms as ``docs/penalty.png``. The
-dense checkpoint is RUNS/sst2-dense, as ``python -m benchmarks.recovery`` leaves it.
+dense checkpoint is one that ``pybsp glue`` left in STUDY/dense.
 
-    python -m benchmarks.penalty --data DIR --runs DIR [--threads 1]
+    python -m benchmarks.penalty --data DIR --runs DIR --dense STUDY/dense/sst2-seed0
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def prune(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     subprocess.run(
         [PYBSP, "prune", "--model", "minilm", "--task", "sst2", "--resume", "--json",
          "--data", str(arguments.data), "--out", str(out),
-         "--dense-checkpoint", str(arguments.runs / "sst2-dense"),
+         "--dense-checkpoint", str(arguments.dense),
          "--max-train-samples", "8000", "--epochs", "1.5", "--ramp", "one_shot",
          "--phases", "0,0.75,0.25", "--threads", str(arguments.threads), *RUNS[name]],
         check=True, stdout=subprocess.DEVNULL,
@@ -42,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--dense", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     results = {TITLES[name]: prune(arguments, name) for name in RUNS}

@@ -1,13 +1,13 @@
 """Accuracy of all-MiniLM-L6-v2 at 80 % in int8, against its own float32 form.
 
-For every task and seed the dense model is cut and trained for a short while
-(``benchmarks.one_shot_training``). Its int8 forms: quantised as it is
-(``post_training``), and trained in int8 for some more steps (``aware``), beside as many
-steps in float32 (``longer``), since training on changes a model by itself. Scores are
-those of the whole development set after the last step, by the packed models. Finished
-parts are skipped and interrupted ones resumed.
+The float32 models are those that ``pybsp glue`` left in STUDY, of every task and seed.
+Their int8 forms: quantised as they are (``post_training``), and trained in int8 for
+some more steps (``aware``), beside as many steps in float32 (``longer``), since
+training on changes a model by itself. Scores are those of the whole development set
+after the last step, by the packed models. Finished parts are skipped and interrupted
+ones resumed.
 
-    python -m benchmarks.quantization_accuracy --data DIR --runs DIR --task sst2
+    python -m benchmarks.quantization_accuracy --data DIR --study DIR [--tasks sst2]
 """
 
 from __future__ import annotations
@@ -20,19 +20,14 @@ from statistics import mean
 from typing import Any
 
 from benchmarks import result
-from benchmarks.one_shot_training import (
-    CALIBRATION,
-    EPOCHS,
-    UNSEEN,
-    UNSEEN_METRIC,
-    OneShotTraining,
-)
 from benchmarks.section import console, text_table
+from benchmarks.studied import AS_PRUNED, UNSEEN, UNSEEN_METRIC, Studied
 from pybsp.cli.models import quiet
+from pybsp.cli.study import Cell
 from pybsp.cli.timing import torch_threads
 
-#: Packed type of each form.
-FORMS = {"post_training": "int8", "longer": "float32", "aware": "int8"}
+#: Epochs of training on.
+EPOCHS = {"mrpc": 0.5, "stsb": 0.5, "cola": 0.25, "rte": 0.5, "sst2": 0.125}
 
 #: Heading of a difference, and the two forms.
 DIFFERENCES = {
@@ -43,12 +38,16 @@ DIFFERENCES = {
 }
 
 
-def complete(run: OneShotTraining) -> None:
-    run.prune()
-    for form, dtype in FORMS.items():
+def complete(run: Studied) -> None:
+    if "dense" not in run.scores:
+        run.keep("dense", run.results["scores"]["dense"])
+    if AS_PRUNED not in run.scores:
+        run.score(AS_PRUNED)
+    if "post_training" not in run.scores:
+        run.save_form(run.pruned(), "post_training", "int8")
+    for form, dtype in (("longer", "float32"), ("aware", "int8")):
         if form not in run.scores:
-            post = form == "post_training"
-            model = run.pruned() if post else run.train_on(form)
+            model = run.train_on(EPOCHS[run.cell.task], aware=form == "aware")
             run.save_form(model, form, dtype)
     if "changed" not in run.scores:
         run.keep("changed", {
@@ -56,16 +55,15 @@ def complete(run: OneShotTraining) -> None:
         })  # fmt: skip
 
 
-def record(run: OneShotTraining) -> dict[str, Any]:
+def record(run: Studied) -> dict[str, Any]:
     return {
-        "task": run.data.task.name,
-        "metrics": list(run.scores["float32"]),
-        "seed": run.seed,
+        "task": run.cell.task,
+        "metrics": list(run.scores[AS_PRUNED]),
+        "seed": run.cell.seed,
         "dev_examples": len(run.data.dev),
-        "unseen_examples": UNSEEN if UNSEEN_METRIC in run.scores["float32"] else 0,
+        "unseen_examples": UNSEEN if UNSEEN_METRIC in run.scores[AS_PRUNED] else 0,
         "train_examples": len(run.data.train),
-        "calibration_texts": CALIBRATION,
-        "epochs": [run.dense_epochs, run.epochs, run.epochs_on],
+        "epochs": EPOCHS[run.cell.task],
         "scores": {k: v for k, v in run.scores.items() if k != "changed"},
         "changed": run.scores["changed"],
     }
@@ -84,7 +82,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
             {form: 100 * s.get(metric, nan) for form, s in run["scores"].items()}
             for run in seeds
         ]
-        dense = percent[0]["dense"]
+        dense = mean(scores["dense"] for scores in percent)
         row = [f"{task} ({metric})", f"{dense:.1f}" if isfinite(dense) else ""]
         float32 = [scores["float32"] for scores in percent]
         row.append(f"{mean(float32):.1f} ({', '.join(f'{x:.1f}' for x in float32)})")
@@ -110,21 +108,21 @@ def standard_error(seeds: Sequence[dict[str, Any]], metric: str, forms: str) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, required=True)
-    parser.add_argument("--task", nargs="+", choices=EPOCHS, default=list(EPOCHS))
+    parser.add_argument("--study", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", choices=EPOCHS, default=list(EPOCHS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    arguments.runs.mkdir(parents=True, exist_ok=True)
     quiet()
     records = []
     with torch_threads(arguments.threads):
-        for task in arguments.task:
+        for task in arguments.tasks:
             for seed in arguments.seeds:
-                run = OneShotTraining(arguments.data, arguments.runs, task, seed=seed)
+                cell = Cell(task, "reconstruct", 0.8, "8,1", seed)
+                run = Studied(arguments.data, arguments.study, cell)
                 complete(run)
                 records.append(record(run))
-                result.save(f"quantization_accuracy/{run.name}", records[-1])
+                result.save(f"quantization_accuracy/{cell.name}", records[-1])
     console().print(text_table("", *summary(records)))
 
 

@@ -1,21 +1,19 @@
 """Bytes of all-MiniLM-L6-v2 on disk by sparsity and type, with accuracy and latency.
 
-sst2, one seed. The dense model is cut to each sparsity and trained for a short while
-(``benchmarks.one_shot_training``), and each result is quantised as it is. Bytes are
-those of the encoder's layers in the checkpoint: values, indices, scales, and what is
-not pruned (biases and norms); embeddings and the rest of the file stand beside them.
-Latencies are those of the base models, batch 1, 128 tokens, in turns.
+sst2, one seed: the models that ``pybsp glue`` left in STUDY, and each of them quantised
+as it is. Bytes are those of the encoder's layers in the checkpoint: values, indices,
+scales, and what is not pruned (biases and norms); embeddings and the rest of the file
+stand beside them. Latencies are those of the base models, batch 1, 128 tokens, in
+turns.
 
-    python -m benchmarks.size --data DIR --runs DIR       # trains what is missing
-    python -m benchmarks.size --runs DIR --seconds 60     # sizes and latencies again
+    python -m benchmarks.size --data DIR --study DIR
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +23,14 @@ import torch
 from safetensors import safe_open
 
 from benchmarks import result
-from benchmarks.one_shot_training import UNSEEN_METRIC, OneShotTraining
 from benchmarks.section import block_text, console, text_table
+from benchmarks.studied import AS_PRUNED, UNSEEN_METRIC, Studied
 from benchmarks.turns import Rounds, take_turns
+from pybsp.blocks import BlockShape
 from pybsp.cli import checkpoints, measurement
 from pybsp.cli.bench import check_same
 from pybsp.cli.models import quiet
+from pybsp.cli.study import Cell
 from pybsp.cli.timing import torch_threads
 from pybsp.nn import BlockSparseLinear
 from pybsp.pruning.targets import select_targets
@@ -42,8 +42,12 @@ KINDS = {
     ".weight": "values", ".weight_values": "values", ".weight_scales": "scales",
     ".weight_crow_indices": "indices", ".weight_col_indices": "indices",
 }  # fmt: skip
-DENSE_BLOCKS = ((8, 1), (16, 4))
-PRUNED = ((0.5, (8, 1)), (0.8, (8, 1)), (0.9, (8, 1)), (0.9, (16, 4)))
+DENSE_BLOCKS: tuple[BlockShape, ...] = ((8, 1), (16, 4))
+#: Sparsity and blocks of the run whose dense model stands for all.
+FIRST = (0.8, "8,1")
+PRUNED: tuple[tuple[float, BlockShape], ...] = (
+    (0.5, (8, 1)), (0.8, (8, 1)), (0.8, (16, 4)), (0.9, (8, 1)),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,35 +55,31 @@ class Model:
     """A checkpoint of the table; without a block shape the dense one of float32."""
 
     sparsity: float
-    block_shape: tuple[int, int] | None
+    block_shape: BlockShape | None
     dtype: str
 
     @property
-    def name(self) -> str:
-        """Of its run, as ``OneShotTraining`` calls it."""
-        if self.block_shape is None:
-            return f"{TASK}-dense"
-        rows, columns = self.block_shape
-        return f"{TASK}-{self.sparsity:.0%}-{rows}x{columns}-seed0"
+    def cell(self) -> Cell:
+        """The run of the study that it comes from, or whose dense model it is."""
+        if not self.sparsity:
+            return Cell(TASK, "reconstruct", *FIRST, 0)
+        rows, columns = self.block_shape or (1, 1)
+        return Cell(TASK, "reconstruct", self.sparsity, f"{rows},{columns}", 0)
 
     @property
     def form(self) -> str:
-        """The key of its scores, and the folder in its run."""
-        return "float32" if self.dtype == "float32" else "post_training"
+        """Of its run: the key of its scores, and the folder."""
+        if self.block_shape is None:
+            return "dense"
+        if not self.sparsity:
+            return "dense-{}x{}".format(*self.block_shape)
+        return AS_PRUNED if self.dtype == "float32" else "post_training"
 
-    def folder(self, runs: Path) -> Path:
-        return runs / self.name / (self.form if self.block_shape else "")
+    def folder(self, runs: Mapping[Cell, Studied]) -> Path:
+        run = runs[self.cell]
+        return run.dense if self.block_shape is None else run.packed(self.form)
 
-    def scores(self, runs: Path) -> dict[str, float]:
-        """Accuracy, also on rows that no run saw and of the cut before training."""
-        name = self.name if self.block_shape else Model(0.0, (8, 1), "int8").name
-        forms = json.loads((runs / f"{name}.json").read_text(encoding="utf-8"))
-        found = dict(forms[self.form if self.block_shape else "dense"])
-        if "cut" in forms and self.form == "float32":
-            found["cut"] = forms["cut"][METRIC]
-        return found
-
-    def load(self, runs: Path) -> Any:
+    def load(self, runs: Mapping[Cell, Studied]) -> Any:
         model = checkpoints.load(self.folder(runs))
         if self.block_shape is not None:
             check_same(copy.deepcopy(model).dequantize(), model, 128)
@@ -93,26 +93,31 @@ MODELS = [
 ]
 
 
-def train(data: Path, runs: Path) -> None:
-    """Make the checkpoints that are missing."""
-    for sparsity, shape in PRUNED:
-        run = OneShotTraining(data, runs, TASK, sparsity, shape)
-        run.prune()
-        if "post_training" not in run.scores:
-            run.save_form(run.pruned(), "post_training", "int8")
-    for shape in DENSE_BLOCKS:
-        run = OneShotTraining(data, runs, TASK, 0.0, shape)
-        if "post_training" not in run.scores:
-            run.keep("dense", run.score(run.teacher))
-            run.save_form(with_all_blocks(run), "post_training", "int8")
+def make(data: Path, study: Path) -> dict[Cell, Studied]:
+    """The runs, with the forms and scores that were missing."""
+    cells = dict.fromkeys(model.cell for model in MODELS)
+    runs = {cell: Studied(data, study, cell) for cell in cells}
+    for model in MODELS:
+        run = runs[model.cell]
+        if model.form in run.scores and UNSEEN_METRIC in run.scores[model.form]:
+            continue
+        if model.form == AS_PRUNED:
+            run.score(AS_PRUNED)
+        elif model.form == "post_training":
+            run.save_form(run.pruned(), model.form, "int8")
+        elif model.block_shape is None:
+            run.score("dense", run.teacher)
+        else:
+            run.save_form(with_all_blocks(run, model.block_shape), model.form, "int8")
+    return runs
 
 
-def with_all_blocks(run: OneShotTraining) -> Any:
+def with_all_blocks(run: Studied, block_shape: BlockShape) -> Any:
     """The dense model with packed layers; ``pack_`` wants zero blocks somewhere."""
-    model, shape = run.teacher, run.config.block_shape
+    model = copy.deepcopy(run.teacher)
     for target in select_targets(model, run.config):
         linear = model.get_submodule(target.name)
-        layer = BlockSparseLinear.from_linear(linear, shape, dtype="int8")
+        layer = BlockSparseLinear.from_linear(linear, block_shape, dtype="int8")
         parent, _, name = target.name.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)
     return model
@@ -144,7 +149,7 @@ def tensors(file: Path) -> Iterator[tuple[str, int]]:
             yield key, size * int(np.prod(tensor.get_shape(), dtype=np.int64))
 
 
-def latencies(runs: Path, seconds: float) -> Rounds:
+def latencies(runs: Mapping[Cell, Studied], seconds: float) -> Rounds:
     calls: dict[Model, Callable[[], object]] = {}
     for model in MODELS:
         module = model.load(runs)
@@ -154,7 +159,7 @@ def latencies(runs: Path, seconds: float) -> Rounds:
         return take_turns(calls, seconds=seconds, always_warm=True)
 
 
-def measure(runs: Path, seconds: float) -> list[dict[str, Any]]:
+def measure(runs: Mapping[Cell, Studied], seconds: float) -> list[dict[str, Any]]:
     dense = MODELS[0]
     whole = sizes(dense.folder(runs))
     rounds = latencies(runs, seconds)
@@ -170,7 +175,7 @@ def measure(runs: Path, seconds: float) -> list[dict[str, Any]]:
             "ratio": round(whole["encoder"] / found["encoder"], 2),
             "arithmetic": round(32 / bits / (1 - model.sparsity), 1),
             "file_ratio": round(whole["file"] / found["file"], 2),
-            "scores": model.scores(runs),
+            "scores": runs[model.cell].scores[model.form],
             "latency": rounds.to_dict(model),
             "faster": round(rounds.ratio(dense, model), 2),
         })  # fmt: skip
@@ -179,8 +184,8 @@ def measure(runs: Path, seconds: float) -> list[dict[str, Any]]:
 
 def summary(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     head = ["sparsity", "block", "type", "values", "indices", "scales", "other",
-            "encoder MB", "smaller", "by arithmetic", "whole file MB", "only cut",
-            "accuracy", "unseen rows", "ms", "faster"]  # fmt: skip
+            "encoder MB", "smaller", "by arithmetic", "whole file MB", "accuracy",
+            "unseen rows", "ms", "faster"]  # fmt: skip
     rows = []
     for row in data["rows"]:
         size = {kind: f"{count / 1e6:.2f}" for kind, count in row["bytes"].items()}
@@ -191,7 +196,7 @@ def summary(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             row["dtype"], *(size[kind] for kind in kinds), f"{row['ratio']:.1f}x",
             f"{row['arithmetic']:.0f}x", size["file"],
             *(f"{100 * row['scores'][name]:.1f}" if name in row["scores"] else ""
-              for name in ("cut", METRIC, UNSEEN_METRIC)),
+              for name in (METRIC, UNSEEN_METRIC)),
             f"{row['latency']['median_ms']:.2f}", f"{row['faster']:.1f}x",
         ])  # fmt: skip
     return head, rows
@@ -199,20 +204,19 @@ def summary(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help="train the checkpoints not in RUNS")
-    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--study", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=30.0, help="of timing")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     quiet()
     with torch_threads(arguments.threads):
-        if arguments.data is not None:
-            train(arguments.data, arguments.runs)
+        runs = make(arguments.data, arguments.study)
         data = {
             "task": TASK,
             "metric": METRIC,
             "threads": arguments.threads,
-            "rows": measure(arguments.runs, arguments.seconds),
+            "rows": measure(runs, arguments.seconds),
         }
     result.save("size", data)
     console().print(text_table("size", *summary(data)))
