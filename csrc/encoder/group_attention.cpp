@@ -135,6 +135,7 @@ void GroupRun::attend(const Share& share, const EncoderLayer& layer,
         }
       }
     }
+    isa_.end_attention();
   });
   clock.enter(Part::output);
   // Before the next phase, which uses the memory of the contexts of all shares.

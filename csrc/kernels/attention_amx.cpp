@@ -348,9 +348,9 @@ bool attend(const AttentionPiece& piece) {
     find_groups(piece, skipped, all, at);
     split_keys(at, head_dim, all);
     split_values(at, head_dim, all);
+    configure_tiles(kSide);  // for all pieces with these keys
   }
   split_queries<kVectors>(piece, at.queries);
-  configure_tiles(kSide);
   for (int64_t key = 0; key < all; key += kDepth) {
     multiply<kVectors>(at.keys + key * head_dim * kParts / 2, at.queries, head_dim,
                        at.scores + key * kWidth);
@@ -375,7 +375,6 @@ bool attend(const AttentionPiece& piece) {
     multiply<kVectors>(at.values + d * all * kParts / 2, at.weights, all,
                        at.sums + d * kWidth);
   }
-  _tile_release();
   if (!are_finite<kVectors>(total, at.sums, piece)) return false;
   divide_by<kVectors>(total, at.sums, piece);
   return true;
@@ -409,6 +408,8 @@ bool attend_in_short(const AttentionPiece& piece) {
 void attention(const AttentionPiece& piece) {
   if (!attend_in_short(piece)) avx512::attention(piece);
 }
+
+void end_attention() { _tile_release(); }
 
 int64_t attention_scratch(int64_t head_dim, int64_t keys) {
   return divide(nullptr, whole_depths(head_dim), whole_depths(keys + kDepth - 1))

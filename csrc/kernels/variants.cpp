@@ -40,6 +40,7 @@ const Variants& variants(Isa isa) {
       static const Variants all = [] {
         Variants with_amx = with_int8(avx512::variants(), amx::int8_kernels);
         with_amx.attention = amx::attention;
+        with_amx.end_attention = amx::end_attention;
         with_amx.attention_scratch = amx::attention_scratch;
         return with_amx;
       }();

@@ -125,6 +125,8 @@ struct Variants {
 
   // One head for one piece of queries, see attention.h.
   void (*attention)(const AttentionPiece& piece);
+  // After the last piece of a thread, which may hold registers from piece to piece.
+  void (*end_attention)();
   // Floats that it needs for at most so many features of a head and keys.
   int64_t (*attention_scratch)(int64_t head_dim, int64_t keys);
   // y = (x - mean) / sqrt(variance + eps) * weight + bias over the features of each
@@ -182,6 +184,7 @@ extern const Int8Kernels int8_kernels;
 namespace amx {
 extern const Int8Kernels int8_kernels;
 void attention(const AttentionPiece& piece);
+void end_attention();
 int64_t attention_scratch(int64_t head_dim, int64_t keys);
 }  // namespace amx
 namespace neon_dot {

@@ -20,6 +20,7 @@ const Variants& variants() {
       finish,
       multiply_few_tokens,
       attention,
+      [] {},
       attention_scratch,
       layer_norm,
       rotate,
