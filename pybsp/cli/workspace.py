@@ -99,6 +99,9 @@ class Workspace:
             self._lock.close()
             raise WorkError(f"another process is working in {self.folder}") from None
         try:
+            if self.out.is_dir() and any(self.out.iterdir()):
+                shutil.rmtree(self.folder)
+                raise WorkError(f"another process has just finished {self.out}")
             if run.exists():
                 state = read_json(run)
                 check_same_options(state.get("options", {}), self.options, self.folder)

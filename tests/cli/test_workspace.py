@@ -133,3 +133,14 @@ def test_copy_folder_leaves_an_existing_target_alone(tmp_path):
     (source / "a").write_text("newer")
     copy_folder(source, target)
     assert (target / "a").read_text() == "new"
+
+
+def test_what_another_process_finished_meanwhile_is_not_done_again(tmp_path):
+    with Workspace(tmp_path / "out", OPTIONS, resume=True) as first:
+        late = Workspace(tmp_path / "out", OPTIONS, resume=True)
+        pruned = first.write_folder("pruned", lambda part: (part / "model").touch())
+        first.publish(pruned)
+    with pytest.raises(WorkError, match="just finished"):
+        late.__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "model").is_file()
