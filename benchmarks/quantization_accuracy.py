@@ -25,6 +25,7 @@ from benchmarks.studied import AS_PRUNED, UNSEEN, UNSEEN_METRIC, Studied
 from pybsp.cli.models import quiet
 from pybsp.cli.study import Cell
 from pybsp.cli.timing import torch_threads
+from pybsp.cli.workspace import RESULTS
 
 #: Epochs of training on.
 EPOCHS = {"mrpc": 0.5, "stsb": 0.5, "cola": 0.25, "rte": 0.5, "sst2": 0.125}
@@ -36,6 +37,16 @@ DIFFERENCES = {
     "trained on in int8": ("aware", "float32"),
     "in int8 - in float32": ("aware", "longer"),
 }
+
+
+def cells(study: Path, tasks: Sequence[str]) -> list[Cell]:
+    """The finished runs at 80 % of the default recipe, all seeds."""
+    files = (study / "runs").glob(f"*-reconstruct-80-8x1-*/{RESULTS}")
+    found = [Cell.from_name(file.parent.name) for file in files]
+    return sorted(
+        (cell for cell in found if cell.task in tasks),
+        key=lambda cell: (tasks.index(cell.task), cell.seed),
+    )
 
 
 def complete(run: Studied) -> None:
@@ -64,7 +75,9 @@ def record(run: Studied) -> dict[str, Any]:
         "unseen_examples": UNSEEN if UNSEEN_METRIC in run.scores[AS_PRUNED] else 0,
         "train_examples": len(run.data.train),
         "epochs": EPOCHS[run.cell.task],
-        "scores": {k: v for k, v in run.scores.items() if k != "changed"},
+        "scores": {
+            k: v for k, v in run.scores.items() if k not in ("changed", "origin")
+        },
         "changed": run.scores["changed"],
     }
 
@@ -110,19 +123,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--study", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", choices=EPOCHS, default=list(EPOCHS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     quiet()
     records = []
     with torch_threads(arguments.threads):
-        for task in arguments.tasks:
-            for seed in arguments.seeds:
-                cell = Cell(task, "reconstruct", 0.8, "8,1", seed)
-                run = Studied(arguments.data, arguments.study, cell)
-                complete(run)
-                records.append(record(run))
-                result.save(f"quantization_accuracy/{cell.name}", records[-1])
+        for cell in cells(arguments.study, arguments.tasks):
+            run = Studied(arguments.data, arguments.study, cell)
+            complete(run)
+            records.append(record(run))
+            result.save(f"quantization_accuracy/{cell.name}", records[-1])
     console().print(text_table("", *summary(records)))
 
 

@@ -39,10 +39,11 @@ def save(name: str, data: dict[str, Any]) -> Path:
 
 
 def keep(run: Path, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Copy the results of a ``pybsp prune`` run, with DATA and RUNS for its folders."""
+    """Copy the results of a ``pybsp prune`` run, with words for its folders."""
     text = (run / "results.json").read_text(encoding="utf-8")
-    for folder, word in ((arguments.data, "DATA"), (arguments.runs, "RUNS")):
-        text = text.replace(str(folder), word)
+    for word in ("dense", "data", "runs"):
+        folder = getattr(arguments, word)
+        text = text.replace(str(folder), word.upper())
     write(name, text)
     found: dict[str, Any] = json.loads(text)
     return found

@@ -99,7 +99,8 @@ def make(data: Path, study: Path) -> dict[Cell, Studied]:
     runs = {cell: Studied(data, study, cell) for cell in cells}
     for model in MODELS:
         run = runs[model.cell]
-        if model.form in run.scores and UNSEEN_METRIC in run.scores[model.form]:
+        scores = run.scores.get(model.form)
+        if scores and (UNSEEN_METRIC in scores or "unseen" not in run.splits()):
             continue
         if model.form == AS_PRUNED:
             run.score(AS_PRUNED)

@@ -28,6 +28,7 @@ from pybsp import (
     save_packed,
 )
 from pybsp.cli import metrics, models, tasks
+from pybsp.cli.errors import WorkError
 from pybsp.cli.prune import SAMPLE_SEED
 from pybsp.cli.study import Cell, read_results
 from pybsp.cli.training import (
@@ -39,6 +40,7 @@ from pybsp.cli.training import (
     predict,
     turn_off_dropout,
 )
+from pybsp.cli.workspace import RESULTS
 from pybsp.integrations.trainer import STATE_NAME
 from pybsp.nn import unpack_
 
@@ -54,7 +56,8 @@ UNSEEN_METRIC = "accuracy, unseen rows"
 class Studied:
     """The run ``cell`` of ``pybsp glue --out study``.
 
-    ``scores`` of its forms lie in a file beside them, and are read back.
+    ``scores`` of its forms lie in a file beside them, and are read back. ``WorkError``
+    when the study has no such run, or the forms are those of another one.
     """
 
     def __init__(self, data: Path, study: Path, cell: Cell) -> None:
@@ -62,8 +65,11 @@ class Studied:
         self.pruned_folder = study / "runs" / cell.name
         self.dense = study / "dense" / cell.dense
         self.folder = study / "forms" / cell.name
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.results = read_results(self.pruned_folder / "results.json")
+        if not (self.pruned_folder / RESULTS).is_file():
+            raise WorkError(
+                f"{study} has no finished run {cell.name}; make it with pybsp glue"
+            )
+        self.results = read_results(self.pruned_folder / RESULTS)
         options = self.results["options"]
         self.whole = tasks.load(cell.task, data)
         self.data = tasks.subsample(
@@ -77,6 +83,11 @@ class Studied:
         self.scores: dict[str, dict[str, Any]] = {}
         if self.file.exists():
             self.scores = json.loads(self.file.read_text(encoding="utf-8"))
+        origin = {key: self.results[key] for key in ("options", "scores")}
+        if self.scores.setdefault("origin", origin) != origin:
+            raise WorkError(
+                f"{self.folder} holds forms of an earlier run {cell.name}; remove it"
+            )
 
     def load(self, source: Path) -> Any:
         return models.load_classifier(str(source), self.data.task.outputs)
@@ -112,7 +123,10 @@ class Studied:
                 name: predict(model, self.encode(split), self.tokenizer)
                 for name, split in self.splits().items()
             }
-            np.savez(file, **found)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            beside = file.with_name(f"{form}.part.npz")
+            np.savez(beside, **found)
+            beside.replace(file)
         return dict(np.load(file))
 
     def changed(self, form: str, other: str) -> dict[str, int]:
@@ -138,7 +152,7 @@ class Studied:
                 logits=recipe["distill"], hidden_states=recipe["distill_hidden"]
             ),
         )
-        running = self.folder / f"{'aware' if aware else 'longer'}-run"
+        running = self.running("aware" if aware else "longer")
         fit(
             model, self.encode(self.data.train), self.tokenizer,
             Fit(epochs, LEARNING_RATE, self.batch_size, self.cell.seed, checkpoints=1,
@@ -146,8 +160,11 @@ class Studied:
             running, callbacks=[callback] + [QuantizationCallback()] * aware,
             whole=(TRAINER_STATE, STATE_NAME),
         )  # fmt: skip
-        shutil.rmtree(running)
         return model
+
+    def running(self, form: str) -> Path:
+        """Where training writes its checkpoints."""
+        return self.folder / f"{form}-run"
 
     def save_form(self, model: Any, form: str, dtype: str = "float32") -> None:
         """Pack a copy of ``model``, score and save it."""
@@ -156,6 +173,7 @@ class Studied:
         save_packed(model, self.packed(form))
         self.tokenizer.save_pretrained(self.packed(form))
         self.score(form, model)
+        shutil.rmtree(self.running(form), ignore_errors=True)
 
     def score(self, form: str, model: Any = None) -> None:
         """Keep the scores of a form; without ``model`` it is loaded."""
@@ -170,6 +188,7 @@ class Studied:
 
     def keep(self, form: str, scores: dict[str, Any]) -> None:
         self.scores[form] = scores
+        self.folder.mkdir(parents=True, exist_ok=True)
         beside = self.file.with_suffix(".tmp")
         beside.write_text(json.dumps(self.scores, indent=1), encoding="utf-8")
         beside.replace(self.file)

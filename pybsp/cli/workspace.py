@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -92,16 +93,15 @@ class Workspace:
                 "or remove it"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / "lock").open("w")
+        lock = self.folder / "lock"
+        self._lock = lock.open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
             raise WorkError(f"another process is working in {self.folder}") from None
         try:
-            if self.out.is_dir() and any(self.out.iterdir()):
-                shutil.rmtree(self.folder)
-                raise WorkError(f"another process has just finished {self.out}")
+            self._check_unfinished(lock)
             if run.exists():
                 state = read_json(run)
                 check_same_options(state.get("options", {}), self.options, self.folder)
@@ -115,6 +115,19 @@ class Workspace:
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             self._lock.close()
+
+    def _check_unfinished(self, lock: Path) -> None:
+        """``WorkError`` when another process was here since this one looked at OUT."""
+        assert self._lock is not None
+        try:
+            held = os.path.samestat(os.fstat(self._lock.fileno()), lock.stat())
+        except FileNotFoundError:
+            held = False
+        if held and not (self.out / RESULTS).exists():
+            return
+        if held and not (self.folder / RUN).exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+        raise WorkError(f"another process has just finished {self.out}")
 
     def record(self, stage: str, data: dict[str, Any]) -> None:
         """Keep what ``stage`` found, on disk at once."""
@@ -143,7 +156,7 @@ class Workspace:
         if self.out.is_dir():
             self.out.rmdir()
         folder.rename(self.out)
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _save(self) -> None:
         write_json(self.folder / RUN, {"options": self.options, "stages": self.stages})

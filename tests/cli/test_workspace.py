@@ -1,9 +1,11 @@
 import json
+import shutil
 
 import pytest
 
 from pybsp.cli.errors import UsageError, WorkError
 from pybsp.cli.workspace import (
+    RESULTS,
     Workspace,
     copy_folder,
     finished_results,
@@ -138,9 +140,31 @@ def test_copy_folder_leaves_an_existing_target_alone(tmp_path):
 def test_what_another_process_finished_meanwhile_is_not_done_again(tmp_path):
     with Workspace(tmp_path / "out", OPTIONS, resume=True) as first:
         late = Workspace(tmp_path / "out", OPTIONS, resume=True)
-        pruned = first.write_folder("pruned", lambda part: (part / "model").touch())
+        pruned = first.write_folder("pruned", lambda part: (part / RESULTS).touch())
         first.publish(pruned)
     with pytest.raises(WorkError, match="just finished"):
         late.__enter__()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (tmp_path / "out" / "model").is_file()
+    assert (tmp_path / "out" / RESULTS).is_file()
+
+
+def test_a_lock_that_was_removed_meanwhile_locks_nothing(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def removes(*_: object) -> None:
+        shutil.rmtree(tmp_path / "out.work")
+
+    monkeypatch.setattr("pybsp.cli.workspace.fcntl.flock", removes)
+    with pytest.raises(WorkError, match="just finished"):
+        Workspace(out, OPTIONS, resume=True).__enter__()
+
+
+def test_files_in_the_way_remove_no_work(tmp_path):
+    out = tmp_path / "out"
+    with Workspace(out, OPTIONS, resume=True) as workspace:
+        workspace.record("dense", {"score": 1})
+    out.mkdir()
+    (out / RESULTS).touch()
+    with pytest.raises(WorkError, match="just finished"):
+        Workspace(out, OPTIONS, resume=True).__enter__()
+    assert "dense" in (tmp_path / "out.work" / "run.json").read_text()
