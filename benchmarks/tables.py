@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/results.md", "docs/speed.md", "docs/pruning.md",
          "docs/quantization.md")  # fmt: skip
 GLUE_TASKS = ("mrpc", "stsb", "cola", "rte", "sst2")
+USUAL_BLOCK = "8,1"
 METRICS = {"accuracy": "accuracy", "f1": "F1"}
 
 
@@ -49,7 +50,14 @@ def studied(folder: str = "glue") -> list[study.Cell]:
     order = list(study.VARIANTS)
     return sorted(
         (study.Cell.from_name(f.stem) for f in (RESULTS / folder).glob("*.json")),
-        key=lambda c: (c.block, c.sparsity, order.index(c.variant), c.task, c.seed),
+        key=lambda c: (
+            c.block != USUAL_BLOCK,
+            c.block,
+            c.sparsity,
+            order.index(c.variant),
+            c.task,
+            c.seed,
+        ),
     )
 
 
@@ -133,10 +141,30 @@ def variants(
     """What changes when one thing of the ``usual`` variant does: the same tasks and
     seeds. ``names`` are the variants of the table; all by default."""
     cells = [c for c in studied(folder) if not names or c.variant in names]
+    return compared(
+        folder, cells, lambda cell: replace(cell, variant=usual), f"`{usual}`"
+    )
+
+
+def blocks() -> str:
+    """What changes when the blocks do: the same tasks and seeds."""
+    cells = [cell for cell in studied() if cell.variant == "reconstruct"]
+    return compared(
+        "glue", cells, lambda cell: replace(cell, block=USUAL_BLOCK), "(8, 1)"
+    )
+
+
+def compared(
+    folder: str,
+    cells: Sequence[study.Cell],
+    usual: Callable[[study.Cell], study.Cell],
+    name: str,
+) -> str:
+    """Cells beside those that ``usual`` makes of them, called ``name``."""
     pairs = {
         cell: other
         for cell in cells
-        if (other := replace(cell, variant=usual)) in cells
+        if (other := usual(cell)) in cells
         if cell != other
     }
     found = study.summaries(
@@ -172,7 +200,7 @@ def variants(
         rows.append(
             [variant, block, f"{sparsity:.0%}", *scores[: len(tasks)], paired, ratio]
         )
-    last = [f"against `{usual}` +- standard error", "divergence"]
+    last = [f"against {name} +- standard error", "divergence"]
     return markdown(["variant", "block", "sparsity", *tasks, *last], rows)
 
 
@@ -383,6 +411,7 @@ def recovery() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "glue": glue,
     "glue_variants": variants,
+    "glue_blocks": blocks,
     "ablation_penalty": ablation("penalty", "no-penalty"),
     "ablation_recipe": ablation("recipe", "reconstruct"),
     "linear": linear,

@@ -88,6 +88,20 @@ def test_studies_stand_beside_the_dense_model(results: Path) -> None:
     assert figures.accuracy() is not None
 
 
+def test_blocks_are_compared_with_the_usual_ones_first(results: Path) -> None:
+    (results / "glue").mkdir()
+    for block, packed in (("16x4", 0.82), ("1xinover8", 0.79), ("8x1", 0.84)):
+        scores = {"dense": {"accuracy": 0.86}, "packed": {"accuracy": packed}}
+        text = json.dumps({"scores": scores, "options": {}})
+        name = f"mrpc-reconstruct-80-{block}-seed0"
+        (results / "glue" / f"{name}.json").write_text(text, encoding="utf-8")
+    assert tables.blocks().splitlines()[2:] == [
+        "| reconstruct | (8, 1) | 80% | 84.0 (-2.0) |  |  |",
+        "| reconstruct | (1, in/8) | 80% | 79.0 (-7.0) | -5.0 |  |",
+        "| reconstruct | (16, 4) | 80% | 82.0 (-4.0) | -2.0 |  |",
+    ]
+
+
 def test_an_ablation_has_its_own_folder_and_its_own_variants(results: Path) -> None:
     (results / "ablation").mkdir()
     for variant, packed in (("no-penalty", 0.80), ("fixed", 0.82), ("dropout", 0.99)):
