@@ -100,7 +100,7 @@ def make(data: Path, study: Path) -> dict[Cell, Studied]:
     for model in MODELS:
         run = runs[model.cell]
         scores = run.scores.get(model.form)
-        if scores and (UNSEEN_METRIC in scores or "unseen" not in run.splits()):
+        if scores and (UNSEEN_METRIC in scores or "unseen" not in run.splits):
             continue
         if model.form == AS_PRUNED:
             run.score(AS_PRUNED)

@@ -9,10 +9,10 @@ logits, for each form.
 from __future__ import annotations
 
 import copy
-import json
 import random
 import shutil
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from pybsp.cli.training import (
     predict,
     turn_off_dropout,
 )
-from pybsp.cli.workspace import RESULTS
+from pybsp.cli.workspace import RESULTS, read_json, write_json
 from pybsp.integrations.trainer import STATE_NAME
 from pybsp.nn import unpack_
 
@@ -82,7 +82,7 @@ class Studied:
         self.file = self.folder / "scores.json"
         self.scores: dict[str, dict[str, Any]] = {}
         if self.file.exists():
-            self.scores = json.loads(self.file.read_text(encoding="utf-8"))
+            self.scores = read_json(self.file)
         origin = {key: self.results[key] for key in ("options", "scores")}
         if self.scores.setdefault("origin", origin) != origin:
             raise WorkError(
@@ -104,6 +104,7 @@ class Studied:
         classes = not self.data.task.is_regression
         return encode(self.tokenizer, split, self.max_length, classes=classes)
 
+    @cached_property
     def splits(self) -> dict[str, tasks.Split]:
         """The development set, and rows of the training set that no run saw."""
         found = {"dev": self.data.dev}
@@ -121,7 +122,7 @@ class Studied:
             model = self.load(self.packed(form))[0] if model is None else model
             found = {
                 name: predict(model, self.encode(split), self.tokenizer)
-                for name, split in self.splits().items()
+                for name, split in self.splits.items()
             }
             self.folder.mkdir(parents=True, exist_ok=True)
             beside = file.with_name(f"{form}.part.npz")
@@ -177,7 +178,7 @@ class Studied:
 
     def score(self, form: str, model: Any = None) -> None:
         """Keep the scores of a form; without ``model`` it is loaded."""
-        logits, splits = self.logits(form, model), self.splits()
+        logits, splits = self.logits(form, model), self.splits
         task = self.data.task
         scores = metrics.score(task.metrics, splits["dev"].labels, logits["dev"])
         if "unseen" in splits:
@@ -189,9 +190,7 @@ class Studied:
     def keep(self, form: str, scores: dict[str, Any]) -> None:
         self.scores[form] = scores
         self.folder.mkdir(parents=True, exist_ok=True)
-        beside = self.file.with_suffix(".tmp")
-        beside.write_text(json.dumps(self.scores, indent=1), encoding="utf-8")
-        beside.replace(self.file)
+        write_json(self.file, self.scores)
 
 
 def examples(split: tasks.Split) -> list[tuple[tasks.Text, float]]:

@@ -114,10 +114,7 @@ def compare(
     model, kept = pruned(name, block, sparsity)
     ids = torch.randint(1000, 30000, (batch, length))
     dense = FromIds(model).eval()  # the exporter restores the mode it finds
-    packed_model = copy.deepcopy(model)
-    report = pybsp.pack_(packed_model, block_shape=block, min_gain=0)
-    assert all(encoder.native for encoder in report.encoders), report.encoders
-    packed = FromIds(packed_model).eval()
+    packed = FromIds(pack(model, block)).eval()
     exported = onnx_bytes(dense, ids)
     calls: dict[str, Any] = {"pybsp": lambda: packed(ids), "torch": lambda: dense(ids)}
     calls |= peers.onnx_calls(exported, ids)
@@ -142,21 +139,39 @@ def compare(
         peer: round(rounds.ratio(peer, "pybsp"), 2) for peer in calls if peer != "pybsp"
     }
     return {
-        "model": name,
-        "layers": model.config.num_hidden_layers,
-        "batch": batch,
-        "M": length,
-        "block_shape": list(block),
-        "sparsity": sparsity,
-        "dtype": "float32",
-        "threads": torch.get_num_threads(),
-        "isa": pybsp.ops.active_isa(),
+        **describe(name, model, block, sparsity, batch, length),
         "peak_gflops": round(peak / 1e9, 1),
         "times": {peer: rounds.to_dict(peer) for peer in calls},
         "floor_ms": round(operations / peak * 1e3, 3),
         "over_floor": round(rounds.median("pybsp") * peak / operations, 3),
         "speedup": speedup,
         "over_dense": min(speedup[peer] for peer in dense_peers),
+    }
+
+
+def pack(model: Any, block: BlockShape, dtype: str = "float32") -> Any:
+    """A packed copy that runs natively."""
+    packed = copy.deepcopy(model)
+    report = pybsp.pack_(packed, block_shape=block, min_gain=0, dtype=dtype)
+    assert all(encoder.native for encoder in report.encoders), report.encoders
+    return packed
+
+
+def describe(
+    name: str, model: Any, block: BlockShape, sparsity: float, batch: int, length: int,
+    dtype: str = "float32",
+) -> dict[str, Any]:  # fmt: skip
+    """What was timed, for a row."""
+    return {
+        "model": name,
+        "layers": model.config.num_hidden_layers,
+        "batch": batch,
+        "M": length,
+        "block_shape": list(block),
+        "sparsity": sparsity,
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "isa": pybsp.ops.active_isa(),
     }
 
 

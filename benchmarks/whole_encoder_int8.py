@@ -29,7 +29,7 @@ import pybsp
 from benchmarks import deepsparse, peers
 from benchmarks.section import Options, Section, Summary, block_text, main, reach
 from benchmarks.turns import take_turns
-from benchmarks.whole_encoder import FromIds, onnx_bytes, over, pruned
+from benchmarks.whole_encoder import FromIds, describe, onnx_bytes, over, pack, pruned
 from pybsp.blocks import BlockShape
 
 #: model, block shape, sparsity, batch, length
@@ -131,15 +131,7 @@ def compare(
         peer: round(rounds.ratio(peer, "pybsp"), 2) for peer in calls if peer != "pybsp"
     }
     return {
-        "model": name,
-        "layers": layers,
-        "batch": batch,
-        "M": length,
-        "block_shape": list(block),
-        "sparsity": sparsity,
-        "dtype": "int8",
-        "threads": torch.get_num_threads(),
-        "isa": pybsp.ops.active_isa(),
+        **describe(name, model, block, sparsity, batch, length, dtype="int8"),
         "peak_gflops": round(fma_peak / 1e9, 1),
         "peak_int8_gops": round(dot_peak / 1e9, 1),
         "times": {peer: rounds.to_dict(peer) for peer in calls},
@@ -152,13 +144,6 @@ def compare(
             speedup[peer] for peer in int8_calls if peer != BFLOAT16
         ),
     }
-
-
-def pack(model: Any, block: BlockShape, dtype: str) -> Any:
-    packed = copy.deepcopy(model)
-    report = pybsp.pack_(packed, block_shape=block, min_gain=0, dtype=dtype)
-    assert all(encoder.native for encoder in report.encoders), report.encoders
-    return packed
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

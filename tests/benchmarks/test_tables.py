@@ -53,8 +53,15 @@ def test_a_picture_without_results_is_left_out(name: str) -> None:
     assert figures.FIGURES[name]() is None
 
 
+def write_run(place: Path, dense: float, packed: float, **more: object) -> None:
+    """What ``pybsp glue`` leaves of a run."""
+    scores = {"dense": {"accuracy": dense}, "packed": {"accuracy": packed}}
+    text = json.dumps({"scores": scores, "options": {}, **more})
+    place.parent.mkdir(exist_ok=True)
+    place.with_name(f"{place.name}.json").write_text(text, encoding="utf-8")
+
+
 def test_studies_stand_beside_the_dense_model(results: Path) -> None:
-    (results / "glue").mkdir()
     for name, dense, packed in (
         ("mrpc-reconstruct-80-8x1-seed0", 0.86, 0.85),
         ("mrpc-reconstruct-80-8x1-seed1", 0.88, 0.86),
@@ -65,10 +72,8 @@ def test_studies_stand_beside_the_dense_model(results: Path) -> None:
         ("mrpc-dropout-44-8x1-seed0", 0.86, 0.90),
         ("mrpc-dropout-90-8x1-seed0", 0.86, 0.10),
     ):
-        scores = {"dense": {"accuracy": dense}, "packed": {"accuracy": packed}}
         fidelity = {"fidelity": {"logits": 1 - packed}} if "mrpc" in name else {}
-        text = json.dumps({"scores": scores, "options": {}, **fidelity})
-        (results / "glue" / f"{name}.json").write_text(text, encoding="utf-8")
+        write_run(results / "glue" / name, dense, packed, **fidelity)
     times = {"packed": {"median_ms": 2.0}, "dense": {"median_ms": 9.0},
              "openvino": {"median_ms": 8.0}}  # fmt: skip
     row = {"run": "mrpc-reconstruct-80-8x1-seed0", "candidates": times}
@@ -89,12 +94,8 @@ def test_studies_stand_beside_the_dense_model(results: Path) -> None:
 
 
 def test_blocks_are_compared_with_the_usual_ones_first(results: Path) -> None:
-    (results / "glue").mkdir()
     for block, packed in (("16x4", 0.82), ("1xinover8", 0.79), ("8x1", 0.84)):
-        scores = {"dense": {"accuracy": 0.86}, "packed": {"accuracy": packed}}
-        text = json.dumps({"scores": scores, "options": {}})
-        name = f"mrpc-reconstruct-80-{block}-seed0"
-        (results / "glue" / f"{name}.json").write_text(text, encoding="utf-8")
+        write_run(results / "glue" / f"mrpc-reconstruct-80-{block}-seed0", 0.86, packed)
     assert tables.blocks().splitlines()[2:] == [
         "| reconstruct | (8, 1) | 80% | 84.0 (-2.0) |  |  |",
         "| reconstruct | (1, in/8) | 80% | 79.0 (-7.0) | -5.0 |  |",
@@ -103,12 +104,8 @@ def test_blocks_are_compared_with_the_usual_ones_first(results: Path) -> None:
 
 
 def test_an_ablation_has_its_own_folder_and_its_own_variants(results: Path) -> None:
-    (results / "ablation").mkdir()
     for variant, packed in (("no-penalty", 0.80), ("fixed", 0.82), ("dropout", 0.99)):
-        scores = {"dense": {"accuracy": 0.86}, "packed": {"accuracy": packed}}
-        text = json.dumps({"scores": scores, "options": {}})
-        name = f"mrpc-{variant}-80-8x1-seed0"
-        (results / "ablation" / f"{name}.json").write_text(text, encoding="utf-8")
+        write_run(results / "ablation" / f"mrpc-{variant}-80-8x1-seed0", 0.86, packed)
     head, _, *rows = tables.TABLES["ablation_penalty"]().splitlines()
     assert "against `no-penalty`" in head
     assert rows == [
