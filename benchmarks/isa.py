@@ -17,7 +17,7 @@ import torch
 import pybsp
 from benchmarks import kernel, whole_encoder
 from benchmarks.section import Options, Section, Summary, block_text, main, reach
-from benchmarks.turns import take_turns
+from benchmarks.turns import OneOperation, take_turns
 
 LAYERS = ("minilm_ffn_down", "bert_base_attention", "bert_base_ffn_up",
           "bert_base_ffn_down", "odd_312_up", "odd_1152_down")  # fmt: skip
@@ -67,14 +67,16 @@ def encoder_row(name: str, length: int = 128) -> dict[str, Any]:
     packed = whole_encoder.pack(model, block)
     expected = model.double()(ids).last_hidden_state
     whole_encoder.check(name, packed(ids).last_hidden_state, expected)
-    peak = pybsp.ops.fma_peak() * torch.get_num_threads()
-    rounds = take_turns({"pybsp": lambda: packed(ids)}, seconds=2.0, min_rounds=5)
+    calls: dict[str, Any] = {
+        whole_encoder.PEAK: OneOperation(pybsp.ops.fma_peak),
+        "pybsp": lambda: packed(ids),
+    }
+    rounds = take_turns(calls, seconds=2.0, min_rounds=15)
     operations = whole_encoder.arithmetic(model.config, kept, 1, length)
     return {
         **whole_encoder.describe(name, model, block, sparsity, 1, length),
-        "peak_gflops": round(peak / 1e9, 1),
+        **whole_encoder.over_floor(rounds, {whole_encoder.PEAK: operations}),
         "times": {"pybsp": rounds.to_dict("pybsp")},
-        "over_floor": round(rounds.median("pybsp") * peak / operations, 3),
     }
 
 

@@ -30,6 +30,17 @@ class TimesItself(Protocol):
 
 
 @dataclass(frozen=True)
+class OneOperation:
+    """The yardstick as a candidate: ``peak``, operations a second, in every round, for
+    what slows the calls of a round slows the peak as well."""
+
+    peak: Callable[[], float]
+
+    def turn(self) -> float:
+        return 1 / self.peak()
+
+
+@dataclass(frozen=True)
 class Rounds:
     """Seconds of a call, one value a round, by candidate."""
 
@@ -41,6 +52,12 @@ class Rounds:
     def ratio(self, slow: Any, fast: Any) -> float:
         """How many times faster ``fast`` is: the median of the ratios of each round."""
         return float(np.median(self.seconds[slow] / self.seconds[fast]))
+
+    def over(self, name: Any, operations: Mapping[Any, float]) -> NDArray[np.float64]:
+        """How many times longer ``name`` takes than ``operations``, so many of each
+        ``OneOperation``: one value a round."""
+        least = sum(count * self.seconds[unit] for unit, count in operations.items())
+        return np.asarray(self.seconds[name] / least)
 
     def to_dict(self, name: Any) -> dict[str, float | int]:
         milliseconds = self.seconds[name] * 1e3

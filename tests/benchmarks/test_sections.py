@@ -130,6 +130,28 @@ def test_turns_compare_round_by_round() -> None:
     assert len(calls) > len(rounds.seconds["here"])
 
 
+def test_the_yardstick_is_taken_in_every_round() -> None:
+    class Slowing:
+        """A machine that a neighbour slows from round to round."""
+
+        calls = 0
+
+        def peak(self) -> float:
+            self.calls += 1
+            return 1e9 / self.calls
+
+        def turn(self) -> float:
+            return 6e-6 * self.calls
+
+    machine = Slowing()
+    rounds = turns.take_turns(
+        {"peak": turns.OneOperation(machine.peak), "call": machine}, min_rounds=3
+    )
+    over = rounds.over("call", {"peak": 4000})
+    assert len(over) >= 3
+    assert over == pytest.approx(1.5)
+
+
 def test_results_are_json_with_a_row_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
