@@ -251,10 +251,30 @@ void GroupRun::norm(const Share& share, const LayerNorm& norm, const Tiles& x,
   });
 }
 
-// x += down(activation(up x))
+// x += down(activation(up x)), for as many tiles at a time as have their inner features
+// in half of L2. They are read from there, and their memory is that of the next chunk.
 void GroupRun::feed_forward(const Share& share, const EncoderLayer& layer,
                             PartClock& clock) const {
-  const LayerTiles tiles = layer_tiles(layer);
+  const int64_t inner = layer.feed_forward.up.weight.out_features;
+  const int64_t fit = l2_cache_bytes() / 2 / (inner * int64_t{sizeof(float)});
+  const int64_t start = tiles_[share.first].slot;
+  Share chunk = share;
+  for (; chunk.first < share.last; chunk.first = chunk.last) {
+    const int64_t begin = tiles_[chunk.first].slot;
+    const auto end = [&](size_t tile) {
+      return tiles_[tile].slot + int64_t{tiles_[tile].vectors} * isa_.lanes;
+    };
+    chunk.last = chunk.first + 1;
+    while (chunk.last < share.last && end(chunk.last) - begin <= fit) ++chunk.last;
+    LayerTiles tiles = layer_tiles(layer);
+    tiles.up.data -= (begin - start) * tiles.up.features;
+    tiles.down.data -= (begin - start) * tiles.down.features;
+    feed_forward_chunk(chunk, layer, tiles, clock);
+  }
+}
+
+void GroupRun::feed_forward_chunk(const Share& share, const EncoderLayer& layer,
+                                  const LayerTiles& tiles, PartClock& clock) const {
   const FeedForward& part = layer.feed_forward;
   const bool normed = encoder_.norm_first && layer.feed_forward_norm.weight;
   if (normed) norm(share, layer.feed_forward_norm, x_, normed_, clock);

@@ -79,6 +79,8 @@ class GroupRun {
                    bool same_keys) const;
   void feed_forward(const Share& share, const EncoderLayer& layer,
                     PartClock& clock) const;
+  void feed_forward_chunk(const Share& share, const EncoderLayer& layer,
+                          const LayerTiles& tiles, PartClock& clock) const;
   void multiply(const Share& share, const EncoderLinear* linears, int64_t count,
                 const Tiles& x, Activation activation, const float* residual,
                 const Tiles* y) const;
