@@ -11,21 +11,30 @@ namespace {
 // Sums of four rows apart: one alone would wait for each addition.
 constexpr int kSums = 4;
 
+template <int kVectors>
 struct Sums {
-  Vec plain;
-  Vec squares;
+  Vec plain[kVectors];
+  Vec squares[kVectors];
 };
 
-// The sums over features of x - shift, and of its square, of one vector of tokens.
-template <bool kSquares>
-inline Sums sum_rows(const float* x, int64_t features, int64_t width, Vec shift) {
-  Vec plain[kSums], squares[kSums];
+// The sums over features of x - shift, and of its square, of kVectors vectors of
+// tokens.
+template <int kVectors, bool kSquares>
+inline Sums<kVectors> sum_rows(const float* x, int64_t features, int64_t width,
+                               const Vec (&shift)[kVectors]) {
+  Vec plain[kSums][kVectors], squares[kSums][kVectors];
   PYBSP_UNROLL
-  for (int i = 0; i < kSums; ++i) plain[i] = squares[i] = zero();
+  for (int i = 0; i < kSums; ++i) {
+    PYBSP_UNROLL
+    for (int v = 0; v < kVectors; ++v) plain[i][v] = squares[i][v] = zero();
+  }
   const auto add_row = [&](int i, int64_t row) {
-    const Vec a = sub(load(x + row * width), shift);
-    plain[i] = add(plain[i], a);
-    if constexpr (kSquares) squares[i] = fma(a, a, squares[i]);
+    PYBSP_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const Vec a = sub(load(x + row * width + v * kLanes), shift[v]);
+      plain[i][v] = add(plain[i][v], a);
+      if constexpr (kSquares) squares[i][v] = fma(a, a, squares[i][v]);
+    }
   };
   int64_t row = 0;
   for (; row + kSums <= features; row += kSums) {
@@ -33,35 +42,67 @@ inline Sums sum_rows(const float* x, int64_t features, int64_t width, Vec shift)
     for (int i = 0; i < kSums; ++i) add_row(i, row + i);
   }
   for (; row < features; ++row) add_row(0, row);
-  return {add(add(plain[0], plain[1]), add(plain[2], plain[3])),
-          add(add(squares[0], squares[1]), add(squares[2], squares[3]))};
+  const auto total = [](const Vec(&sums)[kSums][kVectors], int v) {
+    return add(add(sums[0][v], sums[1][v]), add(sums[2][v], sums[3][v]));
+  };
+  Sums<kVectors> all;
+  PYBSP_UNROLL
+  for (int v = 0; v < kVectors; ++v) {
+    all.plain[v] = total(plain, v);
+    all.squares[v] = total(squares, v);
+  }
+  return all;
+}
+
+// kVectors vectors of a tile whose rows are `width` floats apart.
+template <int kVectors>
+void norm_vectors(const float* x, int64_t features, int64_t width, const float* weight,
+                  const float* bias, float eps, float* y) {
+  const Vec count = set1(static_cast<float>(features));
+  // The first row is near the mean for rows that are far from zero: it keeps digits.
+  // Where it is far from all others, what is left of x - mean in the sum corrects.
+  Vec first[kVectors], mean[kVectors], scale[kVectors], offset[kVectors];
+  PYBSP_UNROLL
+  for (int v = 0; v < kVectors; ++v) first[v] = load(x + v * kLanes);
+  const Sums<kVectors> rough = sum_rows<kVectors, false>(x, features, width, first);
+  PYBSP_UNROLL
+  for (int v = 0; v < kVectors; ++v)
+    mean[v] = add(first[v], div(rough.plain[v], count));
+  const Sums<kVectors> sums = sum_rows<kVectors, true>(x, features, width, mean);
+  PYBSP_UNROLL
+  for (int v = 0; v < kVectors; ++v) {
+    const Vec left = div(sums.plain[v], count);
+    const Vec variance =
+        max(zero(), sub(div(sums.squares[v], count), rounded(mul(left, left))));
+    scale[v] = div(set1(1.0f), sqrt(add(variance, set1(eps))));
+    offset[v] = sub(zero(), rounded(mul(left, scale[v])));
+  }
+  for (int64_t row = 0; row < features; ++row) {
+    const Vec factor = set1(weight[row]), shift = bias ? set1(bias[row]) : zero();
+    PYBSP_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = row * width + v * kLanes;
+      const Vec a = fma(sub(load(x + at), mean[v]), scale[v], offset[v]);
+      store(y + at, fma(a, factor, shift));
+    }
+  }
 }
 
 }  // namespace
 
+// With 32 registers all vectors of a row at once, which lie side by side.
 void layer_norm(const float* x_tile, int64_t features, int vectors, const float* weight,
                 const float* bias, float eps, float* y_tile) {
   const int64_t width = int64_t{vectors} * kLanes;
-  const Vec count = set1(static_cast<float>(features));
+  if (kRegisters >= 32 && vectors == 3) {
+    return norm_vectors<3>(x_tile, features, width, weight, bias, eps, y_tile);
+  }
+  if (kRegisters >= 32 && vectors == 2) {
+    return norm_vectors<2>(x_tile, features, width, weight, bias, eps, y_tile);
+  }
   for (int v = 0; v < vectors; ++v) {
-    const float* const x = x_tile + v * kLanes;
-    float* const y = y_tile + v * kLanes;
-    // The first row is near the mean for rows that are far from zero: it keeps digits.
-    // Where it is far from all others, what is left of x - mean in the sum corrects.
-    const Vec first = load(x);
-    const Vec mean =
-        add(first, div(sum_rows<false>(x, features, width, first).plain, count));
-    const Sums sums = sum_rows<true>(x, features, width, mean);
-    const Vec left = div(sums.plain, count);
-    const Vec variance =
-        max(zero(), sub(div(sums.squares, count), rounded(mul(left, left))));
-    const Vec scale = div(set1(1.0f), sqrt(add(variance, set1(eps))));
-    const Vec offset = sub(zero(), rounded(mul(left, scale)));
-    for (int64_t row = 0; row < features; ++row) {
-      const Vec a = fma(sub(load(x + row * width), mean), scale, offset);
-      const Vec shift = bias ? set1(bias[row]) : zero();
-      store(y + row * width, fma(a, set1(weight[row]), shift));
-    }
+    norm_vectors<1>(x_tile + v * kLanes, features, width, weight, bias, eps,
+                    y_tile + v * kLanes);
   }
 }
 
