@@ -80,7 +80,8 @@ inline Vec gelu(Vec x) {
 // t = 2 (z / 4.8)^2 - 1, with P of degree 10 fitted on |z| <= 4.8, beyond which Phi is
 // 0 or 1.
 inline Vec gelu_short(Vec x) {
-  const Vec z = max(min(x, set1(4.8f)), set1(-4.8f));
+  // Phi(-4.8) is 3e-8 here, of a large x too much.
+  const Vec bounded = max(set1(-4.8f), x), z = min(bounded, set1(4.8f));
   const Vec t = fma(mul(z, z), set1(0.08680555f), set1(-1.0f));
   const float coefficients[] = {-4.195191038e-03f, 5.392703822e-03f,  -7.442357418e-03f,
                                 1.386338234e-02f,  -2.218810766e-02f, 3.072124054e-02f,
@@ -88,8 +89,7 @@ inline Vec gelu_short(Vec x) {
                                 1.472127800e-01f};
   Vec p = set1(1.443781546e-03f);
   for (float c : coefficients) p = fma(p, t, set1(c));
-  // Phi(-4.8) is 3e-8 here, of a large x too much.
-  return mul(max(set1(-4.8f), x), fma(p, z, set1(0.5f)));
+  return mul(bounded, fma(p, z, set1(0.5f)));
 }
 
 // x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), equal to 0.5 x (1 + tanh(...)).

@@ -75,11 +75,11 @@ void multiply_columns(const Int8Products& products) {
           weights.rows + tile.row + done, sums);
     }
   }
-  const OutputTile<kVectors> out(products);
-  for (int64_t row = products.first_row; row < products.last_row; ++row) {
+  const OutputTile<kVectors> out(products, products.first_row);
+  for (int64_t row = 0; row < products.last_row - products.first_row; ++row) {
     PYBSP_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      out.put(row, v, load_sums(sums + row * kWidth + v * kLanes));
+      out.put(row, v, load_sums(products.y_tile + row * kWidth + v * kLanes));
     }
   }
 }

@@ -32,20 +32,40 @@ struct Quantizer {
   }
 };
 
-// The largest magnitude in each lane of one vector, NaN above all.
-inline Vec largest_magnitude(const float* x, int64_t features, int64_t width) {
-  Vec largest[4] = {zero(), zero(), zero(), zero()};
-  int64_t i = 0;
-  for (; i + 4 <= features; i += 4) {
+// The largest magnitude in each lane, NaN above all.
+template <int kVectors>
+inline void find_largest(const float* x_tile, int64_t features,
+                         Vec (&largest)[kVectors]) {
+  constexpr int64_t kWidth = kVectors * kLanes;
+  constexpr int kChains = 4 / kVectors;  // all features of one vector would wait
+  Vec found[kChains][kVectors];
+  PYBSP_UNROLL
+  for (int chain = 0; chain < kChains; ++chain) {
     PYBSP_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      largest[k] = max_bits(largest[k], magnitude(load(x + (i + k) * width)));
+    for (int v = 0; v < kVectors; ++v) found[chain][v] = zero();
+  }
+  const auto see = [&](int chain, const float* row) {
+    PYBSP_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      found[chain][v] = max_bits(found[chain][v], magnitude(load(row + v * kLanes)));
+    }
+  };
+  int64_t i = 0;
+  for (; i + kChains <= features; i += kChains) {
+    PYBSP_UNROLL
+    for (int chain = 0; chain < kChains; ++chain) {
+      see(chain, x_tile + (i + chain) * kWidth);
     }
   }
-  for (; i < features; ++i) {
-    largest[0] = max_bits(largest[0], magnitude(load(x + i * width)));
+  for (; i < features; ++i) see(0, x_tile + i * kWidth);
+  PYBSP_UNROLL
+  for (int v = 0; v < kVectors; ++v) {
+    largest[v] = found[0][v];
+    PYBSP_UNROLL
+    for (int chain = 1; chain < kChains; ++chain) {
+      largest[v] = max_bits(largest[v], found[chain][v]);
+    }
   }
-  return max_bits(max_bits(largest[0], largest[1]), max_bits(largest[2], largest[3]));
 }
 
 template <int kVectors, bool kGiven>
@@ -53,14 +73,15 @@ void quantize_tile(const float* x_tile, int64_t features, float input_scale,
                    bool consecutive, int8_t* bytes, float* scales) {
   constexpr int64_t kWidth = kVectors * kLanes;
   Quantizer<kVectors, kGiven> quantized;
-  Vec scale[kVectors];
+  Vec scale[kVectors], largest[kVectors];
+  if constexpr (!kGiven) find_largest<kVectors>(x_tile, features, largest);
   for (int v = 0; v < kVectors; ++v) {
     if constexpr (kGiven) {
       scale[v] = set1(input_scale);
       quantized.inverse[v] = div(set1(1.0f), scale[v]);
       quantized.bad[v] = zero();
     } else {
-      const Vec a = largest_magnitude(x_tile + v * kLanes, features, kWidth);
+      const Vec a = largest[v];
       const Vec least = set1(kLeastInput), most = set1(127.0f);
       scale[v] = select_gt(least, a, zero(), div(a, most));
       quantized.inverse[v] = select_gt(least, a, zero(), div(most, a));

@@ -65,11 +65,11 @@ inline TileInputs gather(const Int8Products& products, const uint16_t* columns,
 template <int kVectors>
 void put_outputs(const Int8Products& products, int64_t first, int64_t count,
                  const float* sums) {
-  const OutputTile<kVectors> to(products);
-  for (int64_t out = first; out < first + count; ++out) {
+  const OutputTile<kVectors> to(products, first);
+  for (int64_t out = 0; out < count; ++out) {
     float* const y = to.at(out);
     const Vec scale = to.scale(out), bias = to.bias(out);
-    const Sums more = set1_sums(first_sum(products, out));
+    const Sums more = set1_sums(first_sum(products, first + out));
     PYBSP_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       to.put(y, v, add_sums(load_sums(sums + v * kLanes), more), scale, bias);

@@ -114,11 +114,11 @@ void multiply_tile(const Int8Products& products, const Int8Tile& tile,
     columns += kStep;
   };
   add_quads<kRows, kVectors>(weights, tile.quads, load_next, sums);
-  const OutputTile<kVectors> out(products);
+  const OutputTile<kVectors> out(products, first);
   PYBSP_UNROLL
   for (int row = 0; row < kRows; ++row) {
     PYBSP_UNROLL
-    for (int v = 0; v < kVectors; ++v) out.put(first + row, v, sums[row][v]);
+    for (int v = 0; v < kVectors; ++v) out.put(row, v, sums[row][v]);
   }
 }
 

@@ -24,17 +24,17 @@ inline void bring_together(const Bytes (&rows)[4], Bytes (&quad)[kVectors]) {
 
 // What the sums of output `out` start from, for inputs that hold kZeroPoint more.
 inline int32_t first_sum(const Int8Products& products, int64_t out) {
-  return kZeroPoint ? -products.weights.offsets[out] : 0;
+  return kZeroPoint ? products.weights.offsets[out] : 0;
 }
 
-// Where sums become outputs.
+// Where sums become outputs, which are counted from `first` on.
 template <int kVectors>
 class OutputTile {
  public:
-  explicit OutputTile(const Int8Products& products)
-      : scales_(products.weights.scales),
-        bias_(products.bias),
-        y_(products.y_tile - products.first_row * (kVectors * kLanes)) {
+  OutputTile(const Int8Products& products, int64_t first)
+      : scales_(products.weights.scales + first),
+        bias_(products.bias ? products.bias + first : nullptr),
+        y_(products.y_tile + (first - products.first_row) * (kVectors * kLanes)) {
     PYBSP_UNROLL
     for (int v = 0; v < kVectors; ++v)
       own_[v] = load(products.token_scales + v * kLanes);

@@ -65,7 +65,7 @@ void Int8Weights::pack_rows(const BlockSparseView& pattern, const int8_t* q) {
         weights_[begin(tile, order_, row, i / kQuad) + i % kQuad] = weight;
         sum += weight;
       }
-      offsets_[static_cast<size_t>(out)] = 128 * sum;
+      offsets_[static_cast<size_t>(out)] = -128 * sum;
     }
   }
 }
@@ -90,7 +90,7 @@ void Int8Weights::pack_columns(const BlockSparseView& pattern, const int8_t* q) 
         weights_[begin(tile, order_, i, k / kQuad) + k % kQuad] = block[k];
         sum += block[k];
       }
-      offsets_[static_cast<size_t>(schedule_.rows[slot])] += 128 * sum;
+      offsets_[static_cast<size_t>(schedule_.rows[slot])] -= 128 * sum;
     }
   }
   schedule_.tile_ptr = {};  // the tiles say it all

@@ -50,7 +50,7 @@ struct Int8View {
   const int32_t* rows;  // by column, the outputs of all tiles
   const int8_t* weights;
   const float* scales;     // (out)
-  const int32_t* offsets;  // (out) 128 times the sum of the weights
+  const int32_t* offsets;  // (out) -128 times the sum of the weights
 };
 
 class Int8Weights {
