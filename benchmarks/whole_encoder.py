@@ -104,14 +104,30 @@ def headline(
     ]
     what = f"{name}, ids to states, 1 x 128, 80 %"
     return [
-        *reach(f"{what}, time over its arithmetic floor",
-               [row["over_floor"] for row in head], median=floor, at_most=True,
-               form="{:.2f}x"),
+        *floor_targets(what, head, floor),
         *reach(f"{what}, over the best dense peer",
                [row["over_dense"] for row in head], median=dense, form="{:.1f}x"),
         *reach(f"{what}, over DeepSparse", over("DeepSparse", head), median=sparse,
                form="{:.2f}x"),
     ]  # fmt: skip
+
+
+def floor_targets(
+    what: str, rows: list[dict[str, Any]], floor: float
+) -> list[dict[str, Any]]:
+    """Time over the floor: the median over the rounds, and the best round, in which no
+    neighbour took cache or cycles."""
+    options: dict[str, Any] = {"median": floor, "at_most": True, "form": "{:.2f}x"}
+    kinds = {"over_floor": "", "best_over_floor": ", best round"}
+    return [
+        target
+        for kind, words in kinds.items()
+        for target in reach(
+            f"{what}, time over its arithmetic floor{words}",
+            [row[kind] for row in rows],
+            **options,
+        )
+    ]
 
 
 def over(name: str, rows: list[dict[str, Any]]) -> list[float]:

@@ -33,6 +33,7 @@ from benchmarks.whole_encoder import (
     PEAK,
     FromIds,
     describe,
+    floor_targets,
     floor_text,
     onnx_bytes,
     over,
@@ -83,9 +84,7 @@ def measure(options: Options) -> dict[str, Any]:
         ]
         what = f"int8 BERT-base, ids to states, 1 x 128, 80 % {block_text(block)}"
         targets += [
-            *reach(f"{what}, time over its arithmetic floor",
-                   [row["over_floor"] for row in head], median=1.6, at_most=True,
-                   form="{:.2f}x"),
+            *floor_targets(what, head, 1.6),
             *reach(f"{what}, over the best dense int8 peer",
                    [row["over_dense_int8"] for row in head], median=3.5,
                    form="{:.2f}x"),
