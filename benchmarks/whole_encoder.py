@@ -158,7 +158,7 @@ def compare(
         # A large batch reads its weights many times and needs no call before.
         rounds = take_turns(
             {PEAK: OneOperation(pybsp.ops.fma_peak), **calls}, seconds=4.0,
-            min_rounds=3 if batch > 1 else 15, always_warm=batch == 1,
+            min_rounds=2 if batch > 1 else 15, always_warm=batch == 1,
         )  # fmt: skip
     operations = arithmetic(model.config, kept, batch, length)
     speedup = {

@@ -135,7 +135,7 @@ def compare(
             DOT_PEAK: OneOperation(pybsp.ops.dot_peak),
         }
         rounds = take_turns(
-            {**yardsticks, **calls}, seconds=4.0, min_rounds=3 if batch > 1 else 15,
+            {**yardsticks, **calls}, seconds=4.0, min_rounds=2 if batch > 1 else 15,
             always_warm=batch == 1,
         )  # fmt: skip
     tokens = batch * length
