@@ -53,11 +53,14 @@ class Rounds:
         """How many times faster ``fast`` is: the median of the ratios of each round."""
         return float(np.median(self.seconds[slow] / self.seconds[fast]))
 
-    def over(self, name: Any, operations: Mapping[Any, float]) -> NDArray[np.float64]:
+    def best(self, name: Any) -> float:
+        return float(self.seconds[name].min())
+
+    def over(self, name: Any, operations: Mapping[Any, float]) -> float:
         """How many times longer ``name`` takes than ``operations``, so many of each
-        ``OneOperation``: one value a round."""
+        ``OneOperation``: the median of the ratios of each round."""
         least = sum(count * self.seconds[unit] for unit, count in operations.items())
-        return np.asarray(self.seconds[name] / least)
+        return float(np.median(self.seconds[name] / least))
 
     def to_dict(self, name: Any) -> dict[str, float | int]:
         milliseconds = self.seconds[name] * 1e3

@@ -33,6 +33,7 @@ from benchmarks.whole_encoder import (
     PEAK,
     FromIds,
     describe,
+    floor_head,
     floor_targets,
     floor_text,
     onnx_bytes,
@@ -194,7 +195,7 @@ def dense_int8(model: Any, exported: bytes, ids: torch.Tensor) -> dict[str, peer
 def summary(data: dict[str, Any]) -> Summary:
     names = list(dict.fromkeys(name for row in data["rows"] for name in row["speedup"]))
     head = [
-        "model", "block", "sparsity", "batch x tokens", "ms", "over the floor (best)",
+        "model", "block", "sparsity", "batch x tokens", "ms", floor_head(data["rows"]),
         "error",
         *names,
     ]  # fmt: skip

@@ -251,10 +251,14 @@ void GroupRun::norm(const Share& share, const LayerNorm& norm, const Tiles& x,
   });
 }
 
-// x += down(activation(up x)), for as many tiles at a time as have their inner features
-// in half of L2. They are read from there, and their memory is that of the next chunk.
+// x += down(activation(up x)). A thread by itself takes as many tiles at a time, one at
+// least, as have the outputs of `up` in half of L2: they are read from there, and their
+// memory is that of the next chunk. Threads that share the tiles have a cache each.
 void GroupRun::feed_forward(const Share& share, const EncoderLayer& layer,
                             PartClock& clock) const {
+  if (share.threads > 1) {
+    return feed_forward_chunk(share, layer, layer_tiles(layer), clock);
+  }
   const int64_t inner = layer.feed_forward.up.weight.out_features;
   const int64_t fit = l2_cache_bytes() / 2 / (inner * int64_t{sizeof(float)});
   const int64_t start = tiles_[share.first].slot;

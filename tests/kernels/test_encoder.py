@@ -149,6 +149,21 @@ def test_long_sequences_and_many(kind, isa):
     check(one, 130, 9, f"{isa} {kind}")
 
 
+@pytest.mark.parametrize("kind", ["bert", "dense", "norm-first", "modern"])
+def test_a_feed_forward_part_that_exceeds_l2(kind, isa):
+    """Its tiles go through in chunks, each in the memory of the one before."""
+    lanes = 48  # at most, for half of L2
+    inner = ops.l2_cache_bytes() // (8 * lanes) // 16 * 16
+    one = spec(**KINDS[kind], inner=inner, layers=1)
+    check(one, 3, 70, f"{isa} {kind}")
+    encoder, given = ops.Encoder(one), inputs(one, 3, 70)
+    torch.set_num_threads(1)
+    expected = encoder(**given)
+    for count in (2, 3, 8):
+        torch.set_num_threads(count)
+        assert same_bits(encoder(**given), expected), (isa, count)
+
+
 def test_a_sequence_has_the_same_bits_in_any_company_on_any_threads(isa):
     one = ops.Encoder(spec(bias=True, window=20))
     lengths = torch.randint(1, 60, (23,))
