@@ -283,8 +283,9 @@ void GroupRun::feed_forward_chunk(const Share& share, const EncoderLayer& layer,
   const bool normed = encoder_.norm_first && layer.feed_forward_norm.weight;
   if (normed) norm(share, layer.feed_forward_norm, x_, normed_, clock);
   clock.enter(Part::up);
-  const bool is_short = part.activation == Activation::gelu && part.down.int8;
-  const Activation activation = is_short ? Activation::gelu_short : part.activation;
+  const Activation activation = part.activation != Activation::gelu ? part.activation
+                                : part.down.int8 ? Activation::gelu_short
+                                                 : Activation::gelu_absolute;
   multiply(share, &part.up, 1, normed ? normed_ : x_,
            part.gated ? Activation::none : activation, nullptr, &tiles.up);
   if (part.gated) {

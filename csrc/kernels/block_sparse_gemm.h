@@ -25,8 +25,17 @@
 
 namespace pybsp {
 
-// gelu_short is gelu for outputs that are rounded to 8 bits next.
-enum class Activation : int { none, relu, gelu, gelu_tanh, silu, gelu_short };
+// gelu_absolute is gelu for outputs that are summed next, small with large ones, and
+// gelu_short for outputs that are rounded to 8 bits next.
+enum class Activation : int {
+  none,
+  relu,
+  gelu,
+  gelu_tanh,
+  silu,
+  gelu_absolute,
+  gelu_short
+};
 
 // Single-row blocks of at least so many columns are multiplied along their rows.
 constexpr int64_t kMinColumnRun = 8;

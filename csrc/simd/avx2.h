@@ -14,6 +14,7 @@ namespace {
 using Vec = __m256;
 constexpr int kLanes = 8;
 constexpr int kRegisters = 16;
+constexpr bool kLooksUp = false;  // no lookup()
 
 inline Vec zero() { return _mm256_setzero_ps(); }
 inline Vec set1(float a) { return _mm256_set1_ps(a); }

@@ -14,6 +14,7 @@ namespace {
 using Vec = __m512;
 constexpr int kLanes = 16;
 constexpr int kRegisters = 32;
+constexpr bool kLooksUp = true;
 
 inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec set1(float a) { return _mm512_set1_ps(a); }
@@ -53,6 +54,11 @@ inline Vec scale_by_pow2(Vec a, Vec n, Vec shifted, Vec lowest) {
 // a less the nearest integer, for |a| < 2^22. shifted is a + shift, and shift an even
 // integer with which the sum has no bits for a fraction.
 inline Vec fraction(Vec a, Vec, Vec) { return _mm512_reduce_ps(a, 0); }
+// table[i mod 32] of the integers i in the low bits of i + 1.5 * 2^23.
+inline Vec lookup(const float (&table)[32], Vec shifted) {
+  return _mm512_permutex2var_ps(load(table), _mm512_castps_si512(shifted),
+                                load(table + 16));
+}
 inline float reduce_add(Vec a) {
   __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
   __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));

@@ -16,6 +16,7 @@ typedef int32_t Ints __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(16)));
 constexpr int kLanes = 4;
 constexpr int kRegisters = 16;
+constexpr bool kLooksUp = false;  // no lookup()
 
 inline Vec set1(float a) { return Vec{a, a, a, a}; }
 inline Vec zero() { return set1(0.0f); }

@@ -14,6 +14,7 @@ namespace {
 using Vec = float32x4_t;
 constexpr int kLanes = 4;
 constexpr int kRegisters = 32;
+constexpr bool kLooksUp = false;  // no lookup()
 
 inline Vec zero() { return vdupq_n_f32(0.0f); }
 inline Vec set1(float a) { return vdupq_n_f32(a); }

@@ -6,6 +6,7 @@ import copy
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from encoders import assert_rounding
 from helpers import EPS, assert_within, block_sparse_weight, same_bits
 
-from pybsp import BlockSparseMatrix, ops, reference_encoder
+from pybsp import BlockSparseMatrix, ops, reference, reference_encoder
 
 FEATURES, WORDS, POSITIONS = 48, 60, 600
 
@@ -504,7 +505,11 @@ def check_int8(one, batch, length, what=""):
     found = ops.Encoder(one)(**given)
     kept = given["mask"].bool()
     assert not found[~kept].any()
-    twin = reference_encoder.encoder(one, **given)
+    # AVX-512 comes within 2e-6 of GELU itself, the others of the twin's polynomial.
+    table = ops.active_isa().startswith(("avx512", "amx"))
+    gelu = F.gelu if table else reference.gelu_short
+    with mock.patch.object(reference_encoder, "gelu_short", gelu):
+        twin = reference_encoder.encoder(one, **given)
     if not kept.any():
         return
     errors = (found - twin)[kept].norm(dim=-1) / twin[kept].norm(dim=-1)

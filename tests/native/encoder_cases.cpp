@@ -315,7 +315,9 @@ void EncoderCase::check(Report& report, int64_t batch, int64_t length,
   }
   const int64_t floats = batch * length * kFeatures;
   report.close(what, y.data(), want.data(), bound.data(), floats, kFeatures);
-  report.tiles.add(y.data(), floats);
+  // AVX-512 has a GELU of its own.
+  const bool own = kind_.activation == pybsp::Activation::gelu;
+  (own ? report.rest : report.tiles).add(y.data(), floats);
   for (const int threads : {2, 3, 8}) {
     report.same_bits(what + " on " + std::to_string(threads) + " threads", y.data(),
                      run(input, threads).data(), floats, kFeatures);

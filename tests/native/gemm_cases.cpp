@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gemm_cases.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "cases.h"
@@ -40,6 +41,8 @@ const char* activation_name(Activation activation) {
       return "gelu_tanh";
     case Activation::silu:
       return "silu";
+    case Activation::gelu_absolute:
+      return "gelu_absolute";
     case Activation::gelu_short:
       return "gelu_short";
   }
@@ -53,6 +56,7 @@ double activate(Activation activation, double y) {
     case Activation::relu:
       return y < 0.0 ? 0.0 : y;
     case Activation::gelu:
+    case Activation::gelu_absolute:
     case Activation::gelu_short:
       return 0.5 * y * std::erfc(-y * 0.70710678118654752440);
     case Activation::gelu_tanh: {
@@ -205,19 +209,26 @@ void check_activations(Report& report, bool quick) {
   const pybsp::BlockSparseView view{kFeatures,   kFeatures,  1,          1,
                                     crow.data(), col.data(), ones.data()};
   const pybsp::Schedule schedule = pybsp::token_lane_schedule(view);
-  std::vector<float> x;
+  std::vector<float> inputs;
   for (double step = quick ? 0.1 : 0.003, at = -30.0; at <= 30.0; at += step) {
-    x.push_back(static_cast<float>(at));
+    inputs.push_back(static_cast<float>(at));
   }
   for (float a : {0.0f, -0.0f, 1e-30f, -1e-30f, 1e-5f, -1e-5f, 88.0f, -88.0f, 500.0f,
                   -500.0f, 1e10f, INFINITY, NAN}) {
-    x.push_back(a);
+    inputs.push_back(a);
   }
-  while (x.size() % kFeatures != 0) x.push_back(0.5f);
-  const int64_t tokens = static_cast<int64_t>(x.size()) / kFeatures;
+  while (inputs.size() % kFeatures != 0) inputs.push_back(0.5f);
+  const int64_t tokens = static_cast<int64_t>(inputs.size()) / kFeatures;
   std::vector<Activation> activations(std::begin(kActivations), std::end(kActivations));
+  activations.push_back(Activation::gelu_absolute);
   activations.push_back(Activation::gelu_short);
   for (Activation activation : activations) {
+    std::vector<float> x = inputs;
+    if (activation == Activation::gelu_absolute ||
+        activation == Activation::gelu_short) {
+      // Of an infinity they may make NaN.
+      std::replace(x.begin(), x.end(), INFINITY, 1e30f);
+    }
     std::vector<double> want(x.size()), bound(x.size());
     for (size_t i = 0; i < x.size(); ++i) {
       const double a = static_cast<double>(x[i]);
@@ -236,6 +247,7 @@ void check_activations(Report& report, bool quick) {
       if (activation == Activation::none || activation == Activation::relu) {
         bound[i] = 0.0;
       }
+      if (activation == Activation::gelu_absolute) bound[i] = 1e-7 * (1.0 + z);
       if (activation == Activation::gelu_short)
         bound[i] = 5e-6 + 1e-6 * std::max(a, 0.0);
     }
