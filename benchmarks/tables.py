@@ -386,28 +386,6 @@ def one_shot() -> str:
     return markdown(head, rows)
 
 
-def recovery() -> str:
-    """Training after the cut or through it, with one option changed at a time."""
-    rows = [
-        [
-            f"{run['task']} ({METRICS.get(run['metric'], run['metric'])})",
-            run["run"].partition("-")[2],
-            f"{run['config']['target_sparsity']:.0%}",
-            f"{run['epochs']:g}",
-            *(
-                f"{100 * run['scores'][stage][run['metric']]:.1f}"
-                if stage in run["scores"]
-                else ""
-                for stage in ("dense", "one_shot", "final")
-            ),
-        ]
-        for run in load("accuracy/recovery/*.json")
-    ]
-    head = ["task", "variant", "sparsity", "epochs", "dense", "before training",
-            "after"]  # fmt: skip
-    return markdown(head, rows)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "glue": glue,
     "glue_variants": variants,
@@ -416,7 +394,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation_recipe": ablation("recipe", "reconstruct"),
     "linear": linear,
     "one_shot": one_shot,
-    "recovery": recovery,
     "bfloat16": bfloat16,
     "hook": hook,
     "penalty": penalty,

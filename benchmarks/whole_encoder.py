@@ -4,8 +4,9 @@ BERT-base, and the layers of MiniLM-L6, with random weights and zero blocks, the
 every engine, without padding. Every turn begins with an untimed call, which fetches the
 engine's weights into the last cache level that has room for them. ``over_floor`` is the
 time over that of the arithmetic alone: kept weights and attention at the multiply-add
-peak, which is measured in every round; ``best_over_floor`` is the shortest over the
-shortest of all rounds.
+peak, which is measured in every round. ``over_dense`` and ``over_deepsparse`` are the
+times of the fastest dense peer and of DeepSparse over ours. All three are medians over
+the rounds; ``best_...`` is that of the shortest turns of all rounds.
 ``dense`` is the same call with one zero block in the whole model: dense layers in the
 native layout. ``ragged``: tokens a second of 32 rows of the lengths of sst2's
 sentences, padded to the longest, over those of as many full rows. Checkpoints with an
@@ -20,7 +21,7 @@ import contextlib
 import copy
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -37,16 +38,16 @@ MODELS = {
     "bert_base": {},
     "minilm": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6},
 }
-#: model, block shape, sparsity, batch, length
+#: model, block shape, sparsity, batch, length; those with targets first.
 CASES = (
     ("bert_base", (8, 1), 0.8, 1, 128),
+    ("minilm", (8, 1), 0.8, 1, 128),
     ("bert_base", (8, 1), 0.8, 1, 16),
     ("bert_base", (8, 1), 0.9, 1, 128),
     ("bert_base", (1, 96), 0.8, 1, 128),
     ("bert_base", (16, 4), 0.8, 1, 128),
     ("bert_base", (8, 1), 0.0, 1, 128),
     ("bert_base", (8, 1), 0.8, 32, 128),
-    ("minilm", (8, 1), 0.8, 1, 128),
     ("minilm", (8, 1), 0.8, 1, 16),
     ("minilm", (8, 1), 0.8, 32, 128),
 )
@@ -105,33 +106,39 @@ def headline(
     what = f"{name}, ids to states, 1 x 128, 80 %"
     return [
         *floor_targets(what, head, floor),
-        *reach(f"{what}, over the best dense peer",
-               [row["over_dense"] for row in head], median=dense, form="{:.1f}x"),
-        *reach(f"{what}, over DeepSparse", over("DeepSparse", head), median=sparse,
-               form="{:.2f}x"),
-    ]  # fmt: skip
+        *speed_targets(f"{what}, over the best dense peer", head, "over_dense", dense),
+        *speed_targets(f"{what}, over DeepSparse", head, "over_deepsparse", sparse),
+    ]
 
 
 def floor_targets(
     what: str, rows: list[dict[str, Any]], floor: float
 ) -> list[dict[str, Any]]:
-    """Time over the floor: the median over the rounds, and the best round by the best
-    peak, when no neighbour took cache or cycles."""
-    options: dict[str, Any] = {"median": floor, "at_most": True, "form": "{:.2f}x"}
-    kinds = {"over_floor": "", "best_over_floor": ", best round"}
+    return _targets(
+        f"{what}, time over its arithmetic floor", rows, "over_floor", floor, True
+    )
+
+
+def speed_targets(
+    what: str, rows: list[dict[str, Any]], field: str, least: float
+) -> list[dict[str, Any]]:
+    return _targets(what, rows, field, least, False)
+
+
+def _targets(
+    what: str, rows: list[dict[str, Any]], field: str, bound: float, at_most: bool
+) -> list[dict[str, Any]]:
+    """For the median over the rounds, and for the best turn of each candidate, when
+    neighbours took least of its cache and cycles."""
     return [
         target
-        for kind, words in kinds.items()
+        for prefix, words in (("", ""), ("best_", ", best round"))
         for target in reach(
-            f"{what}, time over its arithmetic floor{words}",
-            [row[kind] for row in rows],
-            **options,
+            what + words,
+            [row[prefix + field] for row in rows if prefix + field in row],
+            median=bound, at_most=at_most, form="{:.2f}x",
         )
-    ]
-
-
-def over(name: str, rows: list[dict[str, Any]]) -> list[float]:
-    return [row["speedup"][name] for row in rows if name in row["speedup"]]
+    ]  # fmt: skip
 
 
 def compare(
@@ -158,18 +165,14 @@ def compare(
         # A large batch reads its weights many times and needs no call before.
         rounds = take_turns(
             {PEAK: OneOperation(pybsp.ops.fma_peak), **calls}, seconds=4.0,
-            min_rounds=2 if batch > 1 else 15, always_warm=batch == 1,
+            min_rounds=2 if batch > 1 else 30, always_warm=batch == 1,
         )  # fmt: skip
     operations = arithmetic(model.config, kept, batch, length)
-    speedup = {
-        peer: round(rounds.ratio(peer, "pybsp"), 2) for peer in calls if peer != "pybsp"
-    }
+    sparse = ["DeepSparse"] if options.deepsparse else []
     return {
         **describe(name, model, block, sparsity, batch, length),
         **over_floor(rounds, {PEAK: operations}),
-        "times": {peer: rounds.to_dict(peer) for peer in calls},
-        "speedup": speedup,
-        "over_dense": min(speedup[peer] for peer in dense_calls),
+        **over_peers(rounds, calls, over_dense=dense_calls, over_deepsparse=sparse),
     }
 
 
@@ -185,6 +188,27 @@ def over_floor(rounds: Rounds, operations: Mapping[str, float]) -> dict[str, Any
         "over_floor": round(rounds.over("pybsp", share), 3),
         "best_over_floor": round(rounds.best("pybsp") / least, 3),
     }
+
+
+def over_peers(
+    rounds: Rounds, calls: Iterable[str], **fastest_of: Iterable[str]
+) -> dict[str, Any]:
+    """Times of all candidates and how many times faster ``pybsp`` is, as fields of a
+    row: than each of the others, and than the fastest of some by a name."""
+    peers = [peer for peer in calls if peer != "pybsp"]
+    ratios = {
+        "": {peer: rounds.ratio(peer, "pybsp") for peer in peers},
+        "best_": {peer: rounds.best(peer) / rounds.best("pybsp") for peer in peers},
+    }
+    fields: dict[str, Any] = {
+        "times": {peer: rounds.to_dict(peer) for peer in ("pybsp", *peers)},
+        "speedup": {peer: round(ratio, 2) for peer, ratio in ratios[""].items()},
+    }
+    for prefix, ratio in ratios.items():
+        for name, some in fastest_of.items():
+            if found := [ratio[peer] for peer in some]:
+                fields[prefix + name] = round(min(found), 2)
+    return fields
 
 
 def floor_head(rows: list[dict[str, Any]]) -> str:

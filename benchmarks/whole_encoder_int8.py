@@ -27,7 +27,7 @@ import torch
 
 import pybsp
 from benchmarks import deepsparse, peers
-from benchmarks.section import Options, Section, Summary, block_text, main, reach
+from benchmarks.section import Options, Section, Summary, block_text, main
 from benchmarks.turns import OneOperation, take_turns
 from benchmarks.whole_encoder import (
     PEAK,
@@ -37,10 +37,11 @@ from benchmarks.whole_encoder import (
     floor_targets,
     floor_text,
     onnx_bytes,
-    over,
     over_floor,
+    over_peers,
     pack,
     pruned,
+    speed_targets,
 )
 from pybsp.blocks import BlockShape
 
@@ -86,13 +87,11 @@ def measure(options: Options) -> dict[str, Any]:
         what = f"int8 BERT-base, ids to states, 1 x 128, 80 % {block_text(block)}"
         targets += [
             *floor_targets(what, head, 1.6),
-            *reach(f"{what}, over the best dense int8 peer",
-                   [row["over_dense_int8"] for row in head], median=3.5,
-                   form="{:.2f}x"),
-            *reach(f"{what}, over the best dense float32 peer",
-                   [row["over_dense"] for row in head], median=10.0, form="{:.1f}x"),
-            *reach(f"{what}, over float32", over("pybsp float32", head), median=2.0,
-                   form="{:.2f}x"),
+            *speed_targets(f"{what}, over the best dense int8 peer", head,
+                           "over_dense_int8", 3.5),
+            *speed_targets(f"{what}, over the best dense float32 peer", head,
+                           "over_dense", 10.0),
+            *speed_targets(f"{what}, over float32", head, "over_float32", 2.0),
         ]  # fmt: skip
     return {"rows": rows, "targets": targets}
 
@@ -136,25 +135,22 @@ def compare(
             DOT_PEAK: OneOperation(pybsp.ops.dot_peak),
         }
         rounds = take_turns(
-            {**yardsticks, **calls}, seconds=4.0, min_rounds=2 if batch > 1 else 15,
+            {**yardsticks, **calls}, seconds=4.0, min_rounds=2 if batch > 1 else 30,
             always_warm=batch == 1,
         )  # fmt: skip
     tokens = batch * length
     attention = layers * 4 * tokens * length * hidden
-    speedup = {
-        peer: round(rounds.ratio(peer, "pybsp"), 2) for peer in calls if peer != "pybsp"
-    }
     return {
         **describe(name, model, block, sparsity, batch, length, dtype="int8"),
         **over_floor(rounds, {PEAK: attention, DOT_PEAK: 2 * tokens * kept}),
-        "times": {peer: rounds.to_dict(peer) for peer in calls},
         "error": {peer: round(error, 5) for peer, error in errors.items()},
-        "speedup": speedup,
-        "over_dense": min(speedup[peer] for peer in float_calls),
-        "over_dense_int8": min(
-            speedup[peer] for peer in int8_calls if peer != BFLOAT16
+        **over_peers(
+            rounds, calls,
+            over_dense=float_calls,
+            over_dense_int8=[peer for peer in int8_calls if peer != BFLOAT16],
+            over_float32=["pybsp float32"],
         ),
-    }
+    }  # fmt: skip
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
