@@ -34,7 +34,7 @@ struct AttentionPiece {
   int64_t sequence;   // its tokens, also those that are not in the runs
   int64_t first_key;  // how many of them come before the first run
   bool same_keys;     // as those of the call before, with the same scratch
-  bool short_floats;  // 16 bits of significand are enough for products
+  bool short_floats;  // errors of 2^-13 in products are small enough
   int64_t head_dim;
   float scale;
   // bias[query position - key position], readable for max_vectors x lanes - 1 more than

@@ -10,6 +10,15 @@ namespace {
   return all;
 }
 
+[[maybe_unused]] Variants with_int8(const Variants& others, const Int8Kernels& int8,
+                                    void (*attention)(const AttentionPiece&),
+                                    int64_t (*attention_scratch)(int64_t, int64_t)) {
+  Variants all = with_int8(others, int8);
+  all.attention = attention;
+  all.attention_scratch = attention_scratch;
+  return all;
+}
+
 }  // namespace
 
 const Variants& variants(Isa isa) {
@@ -20,7 +29,9 @@ const Variants& variants(Isa isa) {
 #endif
 #ifdef PYBSP_HAVE_AVX2_VNNI
     case Isa::avx2_vnni: {
-      static const Variants all = with_int8(avx2::variants(), avx2_vnni::int8_kernels);
+      static const Variants all =
+          with_int8(avx2::variants(), avx2_vnni::int8_kernels, avx2_vnni::attention,
+                    avx2_vnni::attention_scratch);
       return all;
     }
 #endif
@@ -31,17 +42,17 @@ const Variants& variants(Isa isa) {
 #ifdef PYBSP_HAVE_AVX512_VNNI
     case Isa::avx512_vnni: {
       static const Variants all =
-          with_int8(avx512::variants(), avx512_vnni::int8_kernels);
+          with_int8(avx512::variants(), avx512_vnni::int8_kernels,
+                    avx512_vnni::attention, avx512_vnni::attention_scratch);
       return all;
     }
 #endif
 #ifdef PYBSP_HAVE_AMX
     case Isa::amx: {
       static const Variants all = [] {
-        Variants with_amx = with_int8(avx512::variants(), amx::int8_kernels);
-        with_amx.attention = amx::attention;
+        Variants with_amx = with_int8(avx512::variants(), amx::int8_kernels,
+                                      amx::attention, amx::attention_scratch);
         with_amx.end_attention = amx::end_attention;
-        with_amx.attention_scratch = amx::attention_scratch;
         return with_amx;
       }();
       return all;

@@ -177,10 +177,14 @@ const Variants& variants();
 // Instruction sets that add 8-bit products to another one.
 namespace avx2_vnni {
 extern const Int8Kernels int8_kernels;
-}
+void attention(const AttentionPiece& piece);
+int64_t attention_scratch(int64_t head_dim, int64_t keys);
+}  // namespace avx2_vnni
 namespace avx512_vnni {
 extern const Int8Kernels int8_kernels;
-}
+void attention(const AttentionPiece& piece);
+int64_t attention_scratch(int64_t head_dim, int64_t keys);
+}  // namespace avx512_vnni
 namespace amx {
 extern const Int8Kernels int8_kernels;
 void attention(const AttentionPiece& piece);

@@ -50,6 +50,11 @@ inline Sums add_dots(Sums sums, Inputs x, Weights w) {
   asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(x), "x"(w));
   return sums;
 }
+// Sums of two products of 16 bits each.
+inline Sums add_pairs(Sums sums, Sums x, Sums w) {
+  asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sums) : "x"(x), "x"(w));
+  return sums;
+}
 
 #else
 
@@ -75,6 +80,14 @@ inline Sums add_dots(Sums sums, const Inputs& x, const Weights& w) {
 
 inline Sums to_ints(Vec a) { return _mm256_cvtps_epi32(a); }
 inline Vec to_floats(Sums a) { return _mm256_cvtepi32_ps(a); }
+// The low halves of a and b: a, b, a, b, ...
+inline Sums pair(Sums a, Sums b) {
+  return _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xAA);
+}
+inline void store_shorts(int16_t* p, Sums a) {
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, a), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
 inline Vec max_bits(Vec a, Vec b) {
   return _mm256_castsi256_ps(
       _mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));

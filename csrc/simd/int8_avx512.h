@@ -66,11 +66,23 @@ inline Sums add_dots(Sums sums, Inputs x, Weights w) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
   return sums;
 }
+// Sums of two products of 16 bits each.
+inline Sums add_pairs(Sums sums, Sums x, Sums w) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
+  return sums;
+}
 
 #endif
 
 inline Sums to_ints(Vec a) { return _mm512_cvtps_epi32(a); }
 inline Vec to_floats(Sums a) { return _mm512_cvtepi32_ps(a); }
+// The low halves of a and b: a, b, a, b, ...
+inline Sums pair(Sums a, Sums b) {
+  return _mm512_mask_blend_epi16(0xAAAAAAAAu, a, _mm512_slli_epi32(b, 16));
+}
+inline void store_shorts(int16_t* p, Sums a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a));
+}
 inline Vec max_bits(Vec a, Vec b) {
   return _mm512_castsi512_ps(
       _mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));

@@ -406,8 +406,8 @@ void check_large_scores(Report& report) {
 }
 
 // Queries, keys and values in 48 lanes a tile, whose sequence begins at a lane of the
-// first one. Floats of 16 bits of significand give relative errors of 2^-13 in
-// products.
+// first one. Floats of 16 bits of significand, and integers of 13 bits and a sign, give
+// errors of 2^-13 in products.
 class ShortAttention {
  public:
   ShortAttention(int64_t head_dim, int64_t first_lane, int64_t length, bool with_bias)
@@ -554,6 +554,23 @@ void check_short_attention(Report& report) {
           }
         }
       }
+    }
+  }
+  // Sums as large as they get, with either sign, one outlier, and nothing at all.
+  for (const int64_t head_dim : {32, 40, 64, 128}) {
+    for (const float query : {3.0f, -3.0f, 0.0f}) {
+      ShortAttention one(head_dim, 5, 130, false);
+      std::fill(one.queries().begin(), one.queries().end(), query);
+      std::fill(one.keys().begin(), one.keys().end(), 5.0f);
+      std::fill(one.values().begin(), one.values().end(), -7.0f);
+      one.check(report, 1, 0);
+      one.values()[one.index(9, 3)] = 1e4f;
+      one.keys()[one.index(9, 3)] = -6.0f;
+      one.check(report, 1, 0);
+      std::fill(one.keys().begin(), one.keys().end(), 0.0f);
+      one.check(report, 1, 0);
+      std::fill(one.values().begin(), one.values().end(), 0.0f);
+      one.check(report, 1, 0);
     }
   }
   // Keys that all queries of a piece do not see may be left out.
