@@ -51,6 +51,7 @@ CASES = (
     ("minilm", (8, 1), 0.8, 1, 16),
     ("minilm", (8, 1), 0.8, 32, 128),
 )
+MIN_ROUNDS = 20  # of one sequence
 #: Multiply-adds on registers, among the candidates.
 PEAK = "peak_gflops"
 #: Tokens of the development sentences of sst2 by BERT's tokenizer: 32 quantiles.
@@ -165,7 +166,7 @@ def compare(
         # A large batch reads its weights many times and needs no call before.
         rounds = take_turns(
             {PEAK: OneOperation(pybsp.ops.fma_peak), **calls}, seconds=4.0,
-            min_rounds=2 if batch > 1 else 30, always_warm=batch == 1,
+            min_rounds=2 if batch > 1 else MIN_ROUNDS, always_warm=batch == 1,
         )  # fmt: skip
     operations = arithmetic(model.config, kept, batch, length)
     sparse = ["DeepSparse"] if options.deepsparse else []

@@ -30,6 +30,7 @@ from benchmarks import deepsparse, peers
 from benchmarks.section import Options, Section, Summary, block_text, main
 from benchmarks.turns import OneOperation, take_turns
 from benchmarks.whole_encoder import (
+    MIN_ROUNDS,
     PEAK,
     FromIds,
     describe,
@@ -135,8 +136,8 @@ def compare(
             DOT_PEAK: OneOperation(pybsp.ops.dot_peak),
         }
         rounds = take_turns(
-            {**yardsticks, **calls}, seconds=4.0, min_rounds=2 if batch > 1 else 30,
-            always_warm=batch == 1,
+            {**yardsticks, **calls}, seconds=4.0,
+            min_rounds=2 if batch > 1 else MIN_ROUNDS, always_warm=batch == 1,
         )  # fmt: skip
     tokens = batch * length
     attention = layers * 4 * tokens * length * hidden

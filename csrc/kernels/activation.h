@@ -77,17 +77,18 @@ inline Vec gelu(Vec x) {
   return mul(x, probability);
 }
 
-// x Phi(x) by a table of polynomials, for |x| < 2^125. NaN and infinities give NaN.
+// x Phi(x) by a table of polynomials, and max(0, x) past the last of them.
 template <int kDegree, typename Lanes>
 inline Lanes gelu_by_table(Lanes x) {
   static constexpr GeluTable<kDegree> kTable;
+  constexpr float kEnd = (kGeluIntervals - 1) / kGeluScale;
   const Lanes z = abs(x), scale = set1(kGeluScale), shift = set1(kShift);
-  const Lanes shifted = min(fma(z, scale, shift), set1(kShift + kGeluIntervals - 1));
+  const Lanes shifted = fma(z, scale, shift);
   const Lanes r = fma(z, scale, sub(shift, shifted));
   Lanes p = lookup(kTable.rows[0], shifted);
   PYBSP_UNROLL
   for (int i = 1; i <= kDegree; ++i) p = fma(p, r, lookup(kTable.rows[i], shifted));
-  return fma(x, set1(0.5f), p);
+  return select_gt(z, set1(kEnd), max(zero(), x), fma(x, set1(0.5f), p));
 }
 
 // x Phi(x) with an error under 1e-7 (1 + |x|), for half of the time where there is a

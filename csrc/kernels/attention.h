@@ -7,8 +7,8 @@
 // row of it a key, so that softmax reduces over rows and a key or value is a broadcast
 // scalar, as weights are in block_sparse_gemm.h.
 //
-// A query's bits depend on its sequence alone: not on how it is cut into runs, nor on
-// the queries beside it.
+// A query's bits depend on its sequence alone: not on how it is cut into runs, nor, as
+// long as these are finite, on the queries beside it.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +34,7 @@ struct AttentionPiece {
   int64_t sequence;   // its tokens, also those that are not in the runs
   int64_t first_key;  // how many of them come before the first run
   bool same_keys;     // as those of the call before, with the same scratch
-  bool short_floats;  // errors of 2^-13 in products are small enough
+  bool short_floats;  // errors of 2^-13 of the largest factors are small enough
   int64_t head_dim;
   float scale;
   // bias[query position - key position], readable for max_vectors x lanes - 1 more than

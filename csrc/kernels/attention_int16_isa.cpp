@@ -2,10 +2,13 @@
 // Attention by products of 16-bit integers, two an instruction and lane.
 //
 // Queries, keys, values and weights are rounded to multiples of a step: one of each
-// query, of all keys of a head, and of each feature of its values. Steps are as small
-// as sums of 32 bits let them be. A score is a sum of head_dim products, so that
-// queries and keys have 12 or 13 bits and a sign. Weights are shares of 2^15 - 1, which
-// leaves values 15 bits and a sign. Integers add up exactly, in any order.
+// query for itself and for its weights, one of all keys of a head and one of each
+// feature of its values. Steps are as small as sums of 32 bits let them be. A score is
+// a sum of head_dim products, which leaves queries and keys 12 bits and a sign for 64,
+// 11 for 256. Values have 13 bits and a sign. Weights have 15, or fewer where those of
+// a query would add up to more than 2^18; what they add up to once they are rounded
+// divides the result. Integers add up exactly, in any order. Magnitudes under 2^-100
+// are 0.
 #include "kernels/attention_scores.h"
 #include "kernels/int8_products.h"
 #include "kernels/tile_rows.h"
@@ -28,7 +31,11 @@ namespace pybsp::PYBSP_ISA {
 namespace {
 
 constexpr float kLargestShort = 32767.0f;
-constexpr int64_t kMostKeys = 32768;  // whose weights are 2^16 at most, each rounded up
+constexpr float kLargestValue = 8191.0f;
+// What weights add up to before they are rounded: 2^18 and half of kMostKeys times
+// kLargestValue fits 31 bits.
+constexpr float kLargestTotal = 261120.0f;
+constexpr int64_t kMostKeys = 2048, kMostFeatures = 256;
 
 // The largest integer of which head_dim products of two fit 31 bits.
 inline float largest_factor(int64_t head_dim) {
@@ -38,12 +45,12 @@ inline float largest_factor(int64_t head_dim) {
 }
 
 struct Scratch {
-  float* queries;      // pairs of integers: [two features][query]
-  float* scores;       // [key][query]; later pairs of weights: [two keys][query]
-  float* keys;         // pairs: [two features][key]
-  int16_t* values;     // [feature][key]
-  int64_t stride;      // of keys and values
-  float* value_steps;  // of products with weights
+  float* queries;   // pairs of integers: [two features][query]
+  float* scores;    // [key][query]; later pairs of weights: [two keys][query]
+  float* keys;      // pairs: [two features][key]
+  int16_t* values;  // [feature][key]
+  int64_t stride;   // of keys and values
+  float* value_steps;
   float* value_inverses;
   float* key_step;  // NaN if a key or value is not finite
   int64_t floats;
@@ -133,9 +140,8 @@ bool find_value_steps(const AttentionPiece& piece, const Scratch& at) {
     transpose(found);
     Vec largest = found[0];
     for (int i = 1; i < kLanes; ++i) largest = max_bits(largest, found[i]);
-    store(at.value_steps + first,
-          mul(largest, set1(1.0f / kLargestShort / kLargestShort)));
-    store(at.value_inverses + first, inverse_step(largest, kLargestShort));
+    store(at.value_steps + first, mul(largest, set1(1.0f / kLargestValue)));
+    store(at.value_inverses + first, inverse_step(largest, kLargestValue));
     spoilt = add(spoilt, sub(largest, largest));
   }
   return !any_bit(spoilt);
@@ -243,14 +249,15 @@ void score_keys(const AttentionPiece& piece, const Scratch& at, int64_t key,
   }
 }
 
-// Scores become pairs of weights; false if they have no finite sum.
+// Scores become pairs of weights, and `inverse` the inverse of what these add up to;
+// false if scores have no finite sum.
 template <int kVectors>
-bool round_weights(float* scores, int64_t keys) {
+bool round_weights(float* scores, int64_t keys, Vec (&inverse)[kVectors]) {
   constexpr int64_t kWidth = kVectors * kLanes;
-  Vec shift[kVectors], total[kVectors], share[kVectors];
+  Vec shift[kVectors], total[kVectors], largest[kVectors], factor[kVectors];
   find_shifts<kVectors>(scores, keys, shift);
   PYBSP_UNROLL
-  for (int v = 0; v < kVectors; ++v) total[v] = zero();
+  for (int v = 0; v < kVectors; ++v) largest[v] = total[v] = zero();
   for (int64_t key = 0; key < keys; ++key) {
     PYBSP_UNROLL
     for (int v = 0; v < kVectors; ++v) {
@@ -258,29 +265,40 @@ bool round_weights(float* scores, int64_t keys) {
       const Vec e = exp2(load(at), shift[v]);
       store(at, e);
       total[v] = add(total[v], e);
+      largest[v] = max(largest[v], e);
     }
   }
+  Sums added[kVectors];
   PYBSP_UNROLL
   for (int v = 0; v < kVectors; ++v) {
     if (any_bit(sub(total[v], total[v]))) return false;
-    share[v] = div(set1(kLargestShort), total[v]);
+    factor[v] =
+        min(div(set1(kLargestTotal), total[v]), div(set1(kLargestShort), largest[v]));
+    added[v] = set1_sums(0);
   }
+  const Sums ones = set1_sums(0x10001);
   for (int64_t key = 0; key < keys; key += 2) {
     PYBSP_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       const float* const in = scores + key * kWidth + v * kLanes;
       const Vec b = key + 1 < keys ? load(in + kWidth) : zero();
-      store_sums(scores + key / 2 * kWidth + v * kLanes,
-                 pair(to_multiples(load(in), share[v]), to_multiples(b, share[v])));
+      const Sums both =
+          pair(to_multiples(load(in), factor[v]), to_multiples(b, factor[v]));
+      store_sums(scores + key / 2 * kWidth + v * kLanes, both);
+      added[v] = add_pairs(added[v], both, ones);
     }
+  }
+  PYBSP_UNROLL
+  for (int v = 0; v < kVectors; ++v) {
+    inverse[v] = div(set1(1.0f), to_floats(added[v]));
   }
   return true;
 }
 
 // y[d][query] for a tile of features.
 template <int kVectors>
-void add_values(const AttentionPiece& piece, const Scratch& at, int64_t d,
-                int64_t keys) {
+void add_values(const AttentionPiece& piece, const Scratch& at, int64_t d, int64_t keys,
+                const Vec (&inverse)[kVectors]) {
   constexpr int kRows = kTileRows<kVectors>;
   Sums sums[kRows][kVectors];
   add_products<kRows, kVectors>(
@@ -293,7 +311,7 @@ void add_values(const AttentionPiece& piece, const Scratch& at, int64_t d,
     const int64_t left = piece.count - v * kLanes;
     PYBSP_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      const Vec a = mul(to_floats(sums[row][v]), set1(steps[row]));
+      const Vec a = mul(mul(to_floats(sums[row][v]), inverse[v]), set1(steps[row]));
       if (left >= kLanes) {
         store(y, a);
       } else {
@@ -311,14 +329,14 @@ bool attend(const AttentionPiece& piece, int64_t keys) {
   const Scratch at = divide(piece.scratch, piece.head_dim, keys);
   if (!piece.same_keys) round_keys(piece, at, keys);
   if (*at.key_step != *at.key_step) return false;
-  Vec step[kVectors];
+  Vec step[kVectors], inverse[kVectors];
   if (!round_queries<kVectors>(piece, at, step)) return false;
   for (int64_t key = 0; key < keys; key += kRows) {
     score_keys<kVectors>(piece, at, key, step);
   }
-  if (!round_weights<kVectors>(at.scores, keys)) return false;
+  if (!round_weights<kVectors>(at.scores, keys, inverse)) return false;
   for (int64_t d = 0; d < piece.head_dim; d += kRows) {
-    add_values<kVectors>(piece, at, d, keys);
+    add_values<kVectors>(piece, at, d, keys, inverse);
   }
   return true;
 }
@@ -327,7 +345,8 @@ bool attend_in_integers(const AttentionPiece& piece) {
   // Fewer keys are faster in floats. Biases may hide keys, which count for the steps.
   constexpr int64_t kLeastKeys = 50;
   if (!piece.short_floats || piece.bias || piece.head_dim % 8 != 0 ||
-      piece.sequence < kLeastKeys || piece.sequence > kMostKeys) {
+      piece.head_dim > kMostFeatures || piece.sequence < kLeastKeys ||
+      piece.sequence > kMostKeys) {
     return false;
   }
   int64_t keys = 0;

@@ -4,8 +4,7 @@
 // x Phi(x) = x / 2 + g(|x|) with g(z) = z (Phi(z) - 1/2), even and smooth. Interval k
 // is centred on z = k / 4, and its polynomial of r = 4 z - k, |r| <= 1/2, interpolates
 // g at Chebyshev points. That of interval 0 has the factor r^2 of g, so that small x
-// keep their digits. The last one is g's asymptote z / 2, for all larger z: exactly, as
-// 4 is a power of two.
+// keep their digits.
 #pragma once
 
 #include "simd/simd.h"
@@ -44,10 +43,7 @@ struct GeluTable {
   alignas(64) float rows[kDegree + 1][kGeluIntervals];
 
   constexpr GeluTable() : rows{} {
-    constexpr int kLast = kGeluIntervals - 1;
-    for (int k = 0; k < kLast; ++k) interpolate(k);
-    rows[kDegree - 1][kLast] = 0.5f / kGeluScale;
-    rows[kDegree][kLast] = 0.5f * kLast / kGeluScale;
+    for (int k = 0; k < kGeluIntervals; ++k) interpolate(k);
   }
 
  private:

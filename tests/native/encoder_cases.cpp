@@ -544,7 +544,7 @@ class ShortAttention {
 };
 
 void check_short_attention(Report& report) {
-  for (const int64_t head_dim : {32, 64, 40}) {
+  for (const int64_t head_dim : {32, 64, 40, 8, 24}) {
     for (const int64_t lane : {0, 5, 47}) {
       for (const int64_t length : {63, 64, 65, 96, 130}) {
         for (const bool with_bias : {false, true}) {
@@ -570,6 +570,22 @@ void check_short_attention(Report& report) {
       std::fill(one.keys().begin(), one.keys().end(), 0.0f);
       one.check(report, 1, 0);
       std::fill(one.values().begin(), one.values().end(), 0.0f);
+      one.check(report, 1, 0);
+    }
+  }
+  // Many keys that count alike, beside one that takes the most or not.
+  for (const int64_t length : {300, 512, 1000, 2001}) {
+    for (const bool with_sink : {false, true}) {
+      ShortAttention one(32, 5, length, false);
+      std::fill(one.queries().begin(), one.queries().end(), 1.0f);
+      std::fill(one.keys().begin(), one.keys().end(), 0.0f);
+      std::fill(one.values().begin(), one.values().end(), 1.0f);
+      if (with_sink) {
+        for (int64_t d = 0; d < 32; ++d) {
+          one.keys()[one.index(0, d)] = 1.0f;  // e^8 times as much
+          one.values()[one.index(0, d)] = 0.0f;
+        }
+      }
       one.check(report, 1, 0);
     }
   }
