@@ -99,21 +99,15 @@ inline void for_each_vector(const AttentionPiece& piece, const float* KeyRun::* 
   }
 }
 
-// The largest magnitude; not finite if one is not.
-float largest_key(const AttentionPiece& piece) {
+// The largest magnitude in each lane; not finite if one is not.
+Vec largest_keys(const AttentionPiece& piece) {
   Vec even = zero(), odd = zero();
   for_each_vector(piece, &KeyRun::keys, 2,
                   [&](int64_t, int64_t, const float* in, int64_t left, int64_t stride) {
                     even = max_bits(even, magnitude(load_some(in, left)));
                     odd = max_bits(odd, magnitude(load_some(in + stride, left)));
                   });
-  float lanes[kLanes], largest = 0.0f;
-  store(lanes, max_bits(even, odd));
-  for (const float lane : lanes) {
-    if (!(lane <= largest)) largest = lane;
-    if (lane != lane) break;
-  }
-  return largest;
+  return max_bits(even, odd);
 }
 
 // What rounds magnitudes up to `largest` to integers up to `most`; 0 where all are
@@ -150,10 +144,15 @@ bool find_value_steps(const AttentionPiece& piece, const Scratch& at) {
 // Keys and values in integers, and their steps.
 void round_keys(const AttentionPiece& piece, const Scratch& at, int64_t keys) {
   const float most = largest_factor(piece.head_dim);
-  const float largest = largest_key(piece);
-  const bool finite = find_value_steps(piece, at) && largest - largest == 0.0f;
-  *at.key_step = finite ? largest / most : __builtin_nanf("");
-  if (!finite) return;
+  const Vec largest_each = largest_keys(piece);
+  if (any_bit(sub(largest_each, largest_each)) || !find_value_steps(piece, at)) {
+    *at.key_step = __builtin_nanf("");
+    return;
+  }
+  float lanes[kLanes], largest = 0.0f;
+  store(lanes, largest_each);
+  for (const float lane : lanes) largest = lane > largest ? lane : largest;
+  *at.key_step = largest / most;
   const Vec inverse = inverse_step(set1(largest), most);
   for_each_vector(
       piece, &KeyRun::keys, 2,
@@ -254,20 +253,11 @@ void score_keys(const AttentionPiece& piece, const Scratch& at, int64_t key,
 template <int kVectors>
 bool round_weights(float* scores, int64_t keys, Vec (&inverse)[kVectors]) {
   constexpr int64_t kWidth = kVectors * kLanes;
-  Vec shift[kVectors], total[kVectors], largest[kVectors], factor[kVectors];
-  find_shifts<kVectors>(scores, keys, shift);
+  Vec total[kVectors], largest[kVectors], factor[kVectors];
   PYBSP_UNROLL
-  for (int v = 0; v < kVectors; ++v) largest[v] = total[v] = zero();
-  for (int64_t key = 0; key < keys; ++key) {
-    PYBSP_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      float* const at = scores + key * kWidth + v * kLanes;
-      const Vec e = exp2(load(at), shift[v]);
-      store(at, e);
-      total[v] = add(total[v], e);
-      largest[v] = max(largest[v], e);
-    }
-  }
+  for (int v = 0; v < kVectors; ++v) largest[v] = zero();
+  exponentials<kVectors>(scores, keys, total,
+                         [&](int v, Vec e) { largest[v] = max(largest[v], e); });
   Sums added[kVectors];
   PYBSP_UNROLL
   for (int v = 0; v < kVectors; ++v) {

@@ -175,25 +175,6 @@ void add_some_values(int64_t rows, const Context& context, int64_t d) {
 
 #undef PYBSP_WITH_ROWS
 
-// scores become weights; total = their sum.
-template <int kVectors>
-void exponentials(float* scores, int64_t keys, Vec (&total)[kVectors]) {
-  constexpr int64_t kWidth = kVectors * kLanes;
-  Vec shift[kVectors];
-  find_shifts<kVectors>(scores, keys, shift);
-  PYBSP_UNROLL
-  for (int v = 0; v < kVectors; ++v) total[v] = zero();
-  for (int64_t key = 0; key < keys; ++key) {
-    PYBSP_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      float* const at = scores + key * kWidth + v * kLanes;
-      const Vec e = exp2(load(at), shift[v]);
-      store(at, e);
-      total[v] = add(total[v], e);
-    }
-  }
-}
-
 // Runs from `run` on whose weights fit L1 beside the values of a few features.
 const KeyRun* runs_in_cache(const KeyRun* run, const KeyRun* end, int64_t width) {
   constexpr int64_t kFloats = 8192;
@@ -225,7 +206,7 @@ void attend(const AttentionPiece& piece) {
     keys += run->count;
   }
   Vec total[kVectors];
-  exponentials<kVectors>(scores, keys, total);
+  exponentials<kVectors>(scores, keys, total, [](int, Vec) {});
   float* const scale = queries;  // which are no longer used
   for (int v = 0; v < kVectors; ++v) {
     store(scale + v * kLanes, div(set1(1.0f), total[v]));

@@ -86,5 +86,25 @@ void find_shifts(float* scores, int64_t keys, Vec (&shift)[kVectors]) {
   }
 }
 
+// scores become weights; total = their sum. see(v, weights) is called for each vector.
+template <int kVectors, typename See>
+void exponentials(float* scores, int64_t keys, Vec (&total)[kVectors], See see) {
+  constexpr int64_t kWidth = kVectors * kLanes;
+  Vec shift[kVectors];
+  find_shifts<kVectors>(scores, keys, shift);
+  PYBSP_UNROLL
+  for (int v = 0; v < kVectors; ++v) total[v] = zero();
+  for (int64_t key = 0; key < keys; ++key) {
+    PYBSP_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      float* const at = scores + key * kWidth + v * kLanes;
+      const Vec e = exp2(load(at), shift[v]);
+      store(at, e);
+      total[v] = add(total[v], e);
+      see(v, e);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace pybsp::PYBSP_ISA
