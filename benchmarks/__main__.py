@@ -1,8 +1,9 @@
 """Every section in one command: tables, and what was to be reached beside what was.
 
 A full run takes about an hour on one core and writes ``results/<section>.json``;
-``--quick`` takes three and writes nothing. Tables of the documentation and figures are
-made from the files afterwards, by ``benchmarks.tables`` and ``benchmarks.figures``.
+``--quick`` takes five minutes and writes nothing. Tables of the documentation and
+figures are made from the files afterwards, by ``benchmarks.tables`` and
+``benchmarks.figures``.
 
     python -m benchmarks [--quick] [--only NAME ...] [--deepsparse PYTHON] [--json]
 """

@@ -107,27 +107,25 @@ def headline(
     what = f"{name}, ids to states, 1 x 128, 80 %"
     return [
         *floor_targets(what, head, floor),
-        *speed_targets(f"{what}, over the best dense peer", head, "over_dense", dense),
-        *speed_targets(f"{what}, over DeepSparse", head, "over_deepsparse", sparse),
+        *ratio_targets(f"{what}, over the best dense peer", head, "over_dense", dense),
+        *ratio_targets(f"{what}, over DeepSparse", head, "over_deepsparse", sparse),
     ]
 
 
 def floor_targets(
     what: str, rows: list[dict[str, Any]], floor: float
 ) -> list[dict[str, Any]]:
-    return _targets(
-        f"{what}, time over its arithmetic floor", rows, "over_floor", floor, True
-    )
+    what = f"{what}, time over its arithmetic floor"
+    return ratio_targets(what, rows, "over_floor", floor, at_most=True)
 
 
-def speed_targets(
-    what: str, rows: list[dict[str, Any]], field: str, least: float
-) -> list[dict[str, Any]]:
-    return _targets(what, rows, field, least, False)
-
-
-def _targets(
-    what: str, rows: list[dict[str, Any]], field: str, bound: float, at_most: bool
+def ratio_targets(
+    what: str,
+    rows: list[dict[str, Any]],
+    field: str,
+    bound: float,
+    *,
+    at_most: bool = False,
 ) -> list[dict[str, Any]]:
     """For the median over the rounds, and for the best turn of each candidate, when
     neighbours took least of its cache and cycles."""

@@ -42,7 +42,7 @@ from benchmarks.whole_encoder import (
     over_peers,
     pack,
     pruned,
-    speed_targets,
+    ratio_targets,
 )
 from pybsp.blocks import BlockShape
 
@@ -88,11 +88,11 @@ def measure(options: Options) -> dict[str, Any]:
         what = f"int8 BERT-base, ids to states, 1 x 128, 80 % {block_text(block)}"
         targets += [
             *floor_targets(what, head, 1.6),
-            *speed_targets(f"{what}, over the best dense int8 peer", head,
+            *ratio_targets(f"{what}, over the best dense int8 peer", head,
                            "over_dense_int8", 3.5),
-            *speed_targets(f"{what}, over the best dense float32 peer", head,
+            *ratio_targets(f"{what}, over the best dense float32 peer", head,
                            "over_dense", 10.0),
-            *speed_targets(f"{what}, over float32", head, "over_float32", 2.0),
+            *ratio_targets(f"{what}, over float32", head, "over_float32", 2.0),
         ]  # fmt: skip
     return {"rows": rows, "targets": targets}
 
