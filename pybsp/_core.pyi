@@ -145,6 +145,10 @@ class EncoderLayer:
         feed_forward_norm: _Norm,
     ) -> None: ...
 
+class DictVersions:
+    def __init__(self, dicts: list[Any]) -> None: ...
+    def unchanged(self, dicts: list[Any]) -> bool: ...
+
 class Encoder:
     def __init__(
         self,

@@ -7,4 +7,5 @@ PYBIND11_MODULE(_core, module) {
   pybsp::register_group_lasso(module);
   pybsp::register_block_sparse_gemm(module);
   pybsp::register_encoder(module);
+  pybsp::register_dict_versions(module);
 }

@@ -27,6 +27,10 @@ max_int8_inputs = _core.max_int8_inputs
 l2_cache_bytes = _core.l2_cache_bytes
 #: Tokens in a vector and vectors in the widest tile, of the instruction set in use.
 token_tile = _core.token_tile
+#: What Python itself counts of changes of dictionaries: ``DictVersions(dicts)``, and
+#: later, with the same list, ``unchanged(dicts)``. It sees that a value was replaced,
+#: not that it changed within, and keeps no dictionary alive.
+DictVersions = _core.DictVersions
 
 # Fails at import, not in the first layer, when PYBSP_ISA names what cannot run.
 active_isa()

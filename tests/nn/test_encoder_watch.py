@@ -222,6 +222,57 @@ def test_a_copied_table_that_changes_in_place():
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_place_that_was_read(name):
+    watch = packed(build(name)).forward._bound.watch
+    assert watch.unchanged()
+    assert len(watch._slots) > 20
+    for place, key, found in watch._slots:
+        place[key] = object()
+        assert not watch.unchanged(), key
+        assert not watch.unchanged(), key
+        place[key] = found
+        assert watch.unchanged()
+        kept = dict(place)
+        del place[key]
+        assert not watch.unchanged(), key
+        place.update(kept)
+        assert watch.unchanged()
+    for stack, _ in watch._stacks:
+        stack["more"] = nn.Identity()
+        assert not watch.unchanged()
+        del stack["more"]
+        assert watch.unchanged()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_module_with_a_hook(name):
+    model = packed(build(name))
+    watch = model.forward._bound.watch
+    assert watch.unchanged()
+    assert not watch.hooked()
+    assert len(watch._states) > 10
+    for module in model.modules():
+        if not any(vars(module) is state for state in watch._states):
+            continue
+        for register in (
+            module.register_forward_hook,
+            module.register_forward_pre_hook,
+        ):
+            handle = register(lambda *_: None)
+            assert watch.unchanged()
+            assert watch.hooked()
+            handle.remove()
+            assert watch.unchanged()
+            assert not watch.hooked()
+        module.forward = type(module).forward
+        assert watch.unchanged()
+        assert watch.hooked()
+        del module.forward
+        assert watch.unchanged()
+        assert not watch.hooked()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("how", ["copy", "pickle", "save"])
 def test_copies_have_their_own_encoder(name, how):
     native = packed(build(name))
