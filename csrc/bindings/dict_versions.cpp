@@ -15,7 +15,9 @@ void check_dict(py::handle dict) {
 
 #if PY_VERSION_HEX >= 0x030C0000
 
-// Changes of all dictionaries that were ever looked at, counted by Python itself.
+// Writes to all dictionaries that were ever looked at. Python tells of each before it
+// happens, and lets no other thread run in between: who looks at the dictionaries after
+// the count looks at them as they are from then on.
 uint64_t changes = 0;
 
 int count_change(PyDict_WatchEvent, PyObject*, PyObject*, PyObject*) {
@@ -73,10 +75,12 @@ class DictVersions {
 
   bool unchanged(const py::list& dicts) const {
     if (dicts.size() != versions_.size()) return false;
-    // One line of cache each and no branch, so that the loads overlap.
+    // One line of cache each, and the loads overlap.
     uint64_t difference = 0;
     for (size_t i = 0; i < versions_.size(); ++i) {
-      difference |= version_of(PyList_GET_ITEM(dicts.ptr(), i)) ^ versions_[i];
+      PyObject* const dict = PyList_GET_ITEM(dicts.ptr(), i);
+      check_dict(dict);
+      difference |= version_of(dict) ^ versions_[i];
     }
     return difference == 0;
   }

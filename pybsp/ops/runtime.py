@@ -27,9 +27,11 @@ max_int8_inputs = _core.max_int8_inputs
 l2_cache_bytes = _core.l2_cache_bytes
 #: Tokens in a vector and vectors in the widest tile, of the instruction set in use.
 token_tile = _core.token_tile
-#: What Python itself counts of changes of dictionaries: ``DictVersions(dicts)``, and
-#: later, with the same list, ``unchanged(dicts)``. It sees that a value was replaced,
-#: not that it changed within, and keeps no dictionary alive.
+#: Whether any of some dictionaries was written to, by what Python itself counts:
+#: ``DictVersions(dicts)``, and later, with the same list of dictionaries that are still
+#: alive, ``unchanged(dicts)``. False may be said without a change: from Python 3.12 on
+#: after a write to any dictionary that was ever asked about, in 3.13.0 always. What
+#: happens within a value is not seen.
 DictVersions = _core.DictVersions
 
 # Fails at import, not in the first layer, when PYBSP_ISA names what cannot run.

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import sys
 import weakref
 
 import pytest
@@ -221,55 +222,74 @@ def test_a_copied_table_that_changes_in_place():
     assert_native(native)
 
 
+@pytest.mark.skipif(
+    sys.version_info[:3] == (3, 13, 0), reason="its dictionaries have no versions"
+)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_model_that_did_not_change_is_not_looked_into(name):
+    native, arguments = packed(build(name)), arguments_for(name)
+    with torch.inference_mode():
+        native(**arguments)
+        seen = native.forward._bound.watch._seen
+        native(**arguments)
+    assert native.forward._bound.watch._seen is seen
+    states = native.forward._bound.watch._states
+    next(m for m in native.modules() if any(vars(m) is s for s in states)).note = "new"
+    assert_native(native, arguments)
+    assert native.forward._bound.watch._seen is not seen
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_place_that_was_read(name):
     watch = packed(build(name)).forward._bound.watch
-    assert watch.unchanged()
+    assert watch.look()
     assert len(watch._slots) > 20
     for place, key, found in watch._slots:
         place[key] = object()
-        assert not watch.unchanged(), key
-        assert not watch.unchanged(), key
+        assert not watch.look(), key
+        assert not watch.look(), key
         place[key] = found
-        assert watch.unchanged()
+        assert watch.look()
         kept = dict(place)
         del place[key]
-        assert not watch.unchanged(), key
+        assert not watch.look(), key
         place.update(kept)
-        assert watch.unchanged()
+        assert watch.look()
     for stack, _ in watch._stacks:
         stack["more"] = nn.Identity()
-        assert not watch.unchanged()
+        assert not watch.look()
         del stack["more"]
-        assert watch.unchanged()
+        assert watch.look()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_module_with_a_hook(name):
+def test_every_module_with_a_hook_or_in_training(name):
     model = packed(build(name))
     watch = model.forward._bound.watch
-    assert watch.unchanged()
-    assert not watch.hooked()
-    assert len(watch._states) > 10
-    for module in model.modules():
-        if not any(vars(module) is state for state in watch._states):
-            continue
+
+    def seen():
+        return watch.look()[1:]
+
+    assert seen() == (False, False)
+    modules = [m for m in model.modules() if any(vars(m) is s for s in watch._states)]
+    assert len(modules) > 10
+    for module in modules:
         for register in (
             module.register_forward_hook,
             module.register_forward_pre_hook,
         ):
             handle = register(lambda *_: None)
-            assert watch.unchanged()
-            assert watch.hooked()
+            assert seen() == (True, False)
             handle.remove()
-            assert watch.unchanged()
-            assert not watch.hooked()
+            assert seen() == (False, False)
         module.forward = type(module).forward
-        assert watch.unchanged()
-        assert watch.hooked()
+        assert seen() == (True, False)
         del module.forward
-        assert watch.unchanged()
-        assert not watch.hooked()
+        assert seen() == (False, False)
+        module.training = True
+        assert seen() == (False, any(module is one for one in watch._random))
+        module.training = False
+        assert seen() == (False, False)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -66,7 +66,8 @@ def _fuse(model: nn.Module, read: Callable[[nn.Module, Reader], Reading]) -> Non
     if "forward" in vars(model):
         raise Deviation("its forward was replaced")
     bound = Bound(model, read)
-    if bound.watch.hooked():
+    seen = bound.watch.look()
+    if seen is None or seen.hooked:
         raise Deviation("there are hooks on its modules")
     model.forward = FusedForward(model, read, bound)
 

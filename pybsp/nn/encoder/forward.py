@@ -160,22 +160,26 @@ class FusedForward:
         """The bound encoder, made anew after the model changed; ``Deviation`` where
         the state of the model or of torch asks for the stock modules."""
         bound = self._bound
-        if bound is None or not bound.watch.unchanged():
+        seen = None if bound is None else bound.watch.look()
+        if bound is None or seen is None:
             self._bound = None
             self._bound = bound = Bound(self._model, self._read)
-        watch, config = bound.watch, bound.config
-        if _is_grad_enabled() and watch.needs_grad():
+            seen = bound.watch.look()
+            if seen is None:
+                raise Deviation("it changed while it was read")
+        config = bound.config
+        if _is_grad_enabled() and bound.watch.needs_grad():
             raise Deviation(
                 "gradients are on; torch.inference_mode() or torch.no_grad() turns "
                 "them off"
             )
         if (
-            watch.hooked()
+            seen.hooked
             or torch_module._global_forward_hooks
             or torch_module._global_forward_pre_hooks
         ):
             raise Deviation("there are hooks on its modules")
-        if watch.random():
+        if seen.random:
             raise Deviation("some of its modules are in training", quiet=True)
         if _is_autocast_enabled("cpu"):
             raise Deviation("autocast is on")
