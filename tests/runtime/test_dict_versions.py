@@ -77,7 +77,7 @@ def test_what_was_put_back_is_a_change():
 
 
 def test_dictionaries_that_are_gone():
-    dicts, _ = places()
+    dicts = [{"a": 1}, {"b": 2}]
     versions = DictVersions(dicts)
     dicts.clear()
     assert not versions.unchanged(dicts)
