@@ -1,9 +1,9 @@
 """Every section in one command: tables, and what was to be reached beside what was.
 
-A full run takes about an hour on one core and writes ``results/<section>.json``;
-``--quick`` takes five minutes and writes nothing. Tables of the documentation and
-figures are made from the files afterwards, by ``benchmarks.tables`` and
-``benchmarks.figures``.
+A full run takes hours on one core, 40 minutes of them for the 8-bit encoders, and
+writes ``results/<section>.json``; ``--quick`` takes few cases, five minutes for the
+8-bit encoders, and writes nothing. Tables of the documentation and figures are made
+from the files afterwards, by ``benchmarks.tables`` and ``benchmarks.figures``.
 
     python -m benchmarks [--quick] [--only NAME ...] [--deepsparse PYTHON] [--json]
 """
