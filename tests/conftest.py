@@ -51,6 +51,15 @@ def _away_from_the_sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _first_calls_of_mkl() -> None:
+    """A first call of a function of MKL in a process can be inexact, if rarely, when
+    several threads make it (github.com/pytorch/pytorch 188792). Here one does."""
+    for dtype in (torch.float32, torch.float64):
+        for function in (torch.erf, torch.exp, torch.log, torch.sqrt, torch.tanh):
+            function(torch.ones(1, dtype=dtype))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The costs of this CPU are measured once for all tests, and kept from users."""
     with pytest.MonkeyPatch.context() as patch:

@@ -77,6 +77,17 @@ def test_activations_are_known_by_what_they_compute(function, name):
     assert activation_of(function) == name
 
 
+def test_activations_are_called_with_what_torch_computes_on_one_thread():
+    sizes = []
+
+    def record(x):
+        sizes.append(x.numel())
+        return F.gelu(x)
+
+    assert activation_of(record) == "gelu"
+    assert max(sizes) < 2048
+
+
 @pytest.mark.parametrize(
     ("function", "name"),
     [
