@@ -90,7 +90,7 @@ def take_turns(
     started = time.perf_counter()
     lengths = {name: _turn(call, first[name], long) for name, call in calls.items()}
     one_round = max(time.perf_counter() - started, 1e-9)
-    rounds = int(min(max(seconds / one_round, min_rounds), max_rounds))
+    rounds = int(max(min(seconds / one_round, max_rounds), min_rounds))
     samples: dict[Any, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():

@@ -38,8 +38,9 @@ MODELS = {
     "bert_base": {},
     "minilm": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6},
 }
+Case = tuple[str, BlockShape, float, int, int]
 #: model, block shape, sparsity, batch, length; those with targets first.
-CASES = (
+CASES: tuple[Case, ...] = (
     ("bert_base", (8, 1), 0.8, 1, 128),
     ("minilm", (8, 1), 0.8, 1, 128),
     ("bert_base", (8, 1), 0.8, 1, 16),
@@ -51,7 +52,9 @@ CASES = (
     ("minilm", (8, 1), 0.8, 1, 16),
     ("minilm", (8, 1), 0.8, 32, 128),
 )
-MIN_ROUNDS = 20  # of one sequence
+#: Rounds of one sequence, and of the cases with targets: neighbours come and go within
+#: minutes.
+MIN_ROUNDS, TARGET_ROUNDS = 20, 60
 #: Multiply-adds on registers, among the candidates.
 PEAK = "peak_gflops"
 #: Tokens of the development sentences of sst2 by BERT's tokenizer: 32 quantiles.
@@ -79,7 +82,7 @@ def measure(options: Options) -> dict[str, Any]:
         for case in (CASES[:2] if options.quick else CASES)
         if not options.tokens or case[4] in options.tokens
     ]
-    rows = [compare(*case, options) for case in cases]
+    rows = [compare(*case, options, rounds_of(case, CASES)) for case in cases]
     ragged = [ragged_rate(name) for name in MODELS]
     dense = [row for row in rows if row["sparsity"] == 0]
     targets = [
@@ -140,9 +143,16 @@ def ratio_targets(
     ]  # fmt: skip
 
 
+def rounds_of(case: Case, cases: tuple[Case, ...]) -> int:
+    """The least rounds of ``case``, of ``cases`` with those with targets first."""
+    if case[3] > 1:
+        return 2
+    return TARGET_ROUNDS if case in cases[:2] else MIN_ROUNDS
+
+
 def compare(
     name: str, block: BlockShape, sparsity: float, batch: int, length: int,
-    options: Options,
+    options: Options, min_rounds: int = MIN_ROUNDS,
 ) -> dict[str, Any]:  # fmt: skip
     model, kept = pruned(name, block, sparsity)
     ids = torch.randint(1000, 30000, (batch, length))
@@ -164,7 +174,7 @@ def compare(
         # A large batch reads its weights many times and needs no call before.
         rounds = take_turns(
             {PEAK: OneOperation(pybsp.ops.fma_peak), **calls}, seconds=4.0,
-            min_rounds=2 if batch > 1 else MIN_ROUNDS, always_warm=batch == 1,
+            min_rounds=min_rounds, always_warm=batch == 1,
         )  # fmt: skip
     operations = arithmetic(model.config, kept, batch, length)
     sparse = ["DeepSparse"] if options.deepsparse else []

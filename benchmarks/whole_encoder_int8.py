@@ -32,6 +32,7 @@ from benchmarks.turns import OneOperation, take_turns
 from benchmarks.whole_encoder import (
     MIN_ROUNDS,
     PEAK,
+    Case,
     FromIds,
     describe,
     floor_head,
@@ -43,11 +44,12 @@ from benchmarks.whole_encoder import (
     pack,
     pruned,
     ratio_targets,
+    rounds_of,
 )
 from pybsp.blocks import BlockShape
 
-#: model, block shape, sparsity, batch, length
-CASES = (
+#: As whole_encoder.CASES.
+CASES: tuple[Case, ...] = (
     ("bert_base", (8, 1), 0.8, 1, 128),
     ("bert_base", (16, 4), 0.8, 1, 128),
     ("bert_base", (32, 32), 0.8, 1, 128),
@@ -71,7 +73,7 @@ TOLERANCE = 0.1
 
 def measure(options: Options) -> dict[str, Any]:
     rows = [
-        compare(*case, options)
+        compare(*case, options, rounds_of(case, CASES))
         for case in (CASES[:2] if options.quick else CASES)
         if (not options.tokens or case[4] in options.tokens)
         and (not options.blocks or case[1] in options.blocks)
@@ -99,7 +101,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 def compare(
     name: str, block: BlockShape, sparsity: float, batch: int, length: int,
-    options: Options,
+    options: Options, min_rounds: int = MIN_ROUNDS,
 ) -> dict[str, Any]:  # fmt: skip
     model, kept = pruned(name, block, sparsity)
     hidden, layers = model.config.hidden_size, model.config.num_hidden_layers
@@ -137,7 +139,7 @@ def compare(
         }
         rounds = take_turns(
             {**yardsticks, **calls}, seconds=4.0,
-            min_rounds=2 if batch > 1 else MIN_ROUNDS, always_warm=batch == 1,
+            min_rounds=min_rounds, always_warm=batch == 1,
         )  # fmt: skip
     tokens = batch * length
     attention = layers * 4 * tokens * length * hidden
