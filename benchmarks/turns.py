@@ -80,7 +80,8 @@ def take_turns(
     max_rounds: int = 50,
     always_warm: bool = False,
 ) -> Rounds:
-    """Rounds of one turn each, A B C A B C ..., for about ``seconds`` in all.
+    """Rounds of one turn each, A B C A B C ..., for about ``seconds`` in all, at most
+    ``max_rounds`` and in any case ``min_rounds``.
 
     Two rounds come first: they allocate, and they give the length of the turns and the
     number of rounds.

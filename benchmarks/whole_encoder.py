@@ -39,7 +39,7 @@ MODELS = {
     "minilm": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6},
 }
 Case = tuple[str, BlockShape, float, int, int]
-#: model, block shape, sparsity, batch, length; those with targets first.
+#: model, block shape, sparsity, batch, length; the headline's two first.
 CASES: tuple[Case, ...] = (
     ("bert_base", (8, 1), 0.8, 1, 128),
     ("minilm", (8, 1), 0.8, 1, 128),
@@ -52,9 +52,9 @@ CASES: tuple[Case, ...] = (
     ("minilm", (8, 1), 0.8, 1, 16),
     ("minilm", (8, 1), 0.8, 32, 128),
 )
-#: Rounds of one sequence, and of the cases with targets: neighbours come and go within
+#: Rounds of one sequence, and of the headline's cases: neighbours come and go within
 #: minutes.
-MIN_ROUNDS, TARGET_ROUNDS = 20, 60
+MIN_ROUNDS, HEADLINE_ROUNDS = 20, 60
 #: Multiply-adds on registers, among the candidates.
 PEAK = "peak_gflops"
 #: Tokens of the development sentences of sst2 by BERT's tokenizer: 32 quantiles.
@@ -144,15 +144,15 @@ def ratio_targets(
 
 
 def rounds_of(case: Case, cases: tuple[Case, ...]) -> int:
-    """The least rounds of ``case``, of ``cases`` with those with targets first."""
+    """The least rounds of ``case``, of ``cases`` with the headline's two first."""
     if case[3] > 1:
         return 2
-    return TARGET_ROUNDS if case in cases[:2] else MIN_ROUNDS
+    return HEADLINE_ROUNDS if case in cases[:2] else MIN_ROUNDS
 
 
 def compare(
     name: str, block: BlockShape, sparsity: float, batch: int, length: int,
-    options: Options, min_rounds: int = MIN_ROUNDS,
+    options: Options, min_rounds: int,
 ) -> dict[str, Any]:  # fmt: skip
     model, kept = pruned(name, block, sparsity)
     ids = torch.randint(1000, 30000, (batch, length))

@@ -30,7 +30,6 @@ from benchmarks import deepsparse, peers
 from benchmarks.section import Options, Section, Summary, block_text, main
 from benchmarks.turns import OneOperation, take_turns
 from benchmarks.whole_encoder import (
-    MIN_ROUNDS,
     PEAK,
     Case,
     FromIds,
@@ -101,7 +100,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 def compare(
     name: str, block: BlockShape, sparsity: float, batch: int, length: int,
-    options: Options, min_rounds: int = MIN_ROUNDS,
+    options: Options, min_rounds: int,
 ) -> dict[str, Any]:  # fmt: skip
     model, kept = pruned(name, block, sparsity)
     hidden, layers = model.config.hidden_size, model.config.num_hidden_layers

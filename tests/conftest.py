@@ -52,8 +52,9 @@ def _away_from_the_sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="session", autouse=True)
 def _first_calls_of_mkl() -> None:
-    """A first call of a function of MKL in a process can be inexact, if rarely, when
-    several threads make it (github.com/pytorch/pytorch 188792). Here one does."""
+    """The first call of MKL's vector functions in a process can be inexact, if rarely,
+    when several threads make it (github.com/pytorch/pytorch 188792). Here one does, but
+    not in the processes that tests start."""
     for dtype in (torch.float32, torch.float64):
         for function in (torch.erf, torch.exp, torch.log, torch.sqrt, torch.tanh):
             function(torch.ones(1, dtype=dtype))

@@ -93,9 +93,10 @@ def activation_of(function: Any) -> str | None:
         function._forward_hooks or function._forward_pre_hooks
     ):
         return None
-    # Below 2,048 elements torch computes on one thread. On several, MKL's first call of
-    # erf in a process can be wrong by 4e-4 (github.com/pytorch/pytorch 188792).
-    probe = torch.linspace(-40.0, 40.0, 2001)
+    # The first call of MKL's vector functions in a process, made by several threads at
+    # once, can be wrong by 4e-4 (github.com/pytorch/pytorch 188792). Here one makes it.
+    torch.erf(torch.zeros(1))
+    probe = torch.linspace(-40.0, 40.0, 4001)
     with torch.no_grad():
         result = function(probe.clone())  # it may work in place
         if not isinstance(result, torch.Tensor) or result.shape != probe.shape:

@@ -130,6 +130,13 @@ def test_turns_compare_round_by_round() -> None:
     assert len(calls) > len(rounds.seconds["here"])
 
 
+def test_the_least_number_of_rounds_is_taken_in_any_case() -> None:
+    rounds = turns.take_turns(
+        {"call": lambda: None}, seconds=0.0, min_rounds=7, max_rounds=5
+    )
+    assert len(rounds.seconds["call"]) == 7
+
+
 def test_the_yardstick_is_taken_in_every_round() -> None:
     class Slowing:
         """A machine that a neighbour slows from round to round."""

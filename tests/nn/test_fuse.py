@@ -64,6 +64,7 @@ def model_with(parent, zeros_in=("dense", "lin1", "lin2")):
         (nn.ReLU(), "relu"),
         (nn.SiLU(), "silu"),
         (nn.ReLU6(), None),
+        (nn.Threshold(0.03, 0.0), None),
         (nn.Tanh(), None),
         (nn.Identity(), None),
         (nn.Softmax(0), None),
@@ -77,15 +78,16 @@ def test_activations_are_known_by_what_they_compute(function, name):
     assert activation_of(function) == name
 
 
-def test_activations_are_called_with_what_torch_computes_on_one_thread():
-    sizes = []
+def test_one_thread_makes_the_first_call_of_a_vector_function(monkeypatch):
+    sizes, erf = [], torch.erf
 
     def record(x):
         sizes.append(x.numel())
-        return F.gelu(x)
+        return erf(x)
 
-    assert activation_of(record) == "gelu"
-    assert max(sizes) < 2048
+    monkeypatch.setattr(torch, "erf", record)
+    assert activation_of(lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5))) == "gelu"
+    assert sizes[0] == 1 < sizes[1]
 
 
 @pytest.mark.parametrize(
