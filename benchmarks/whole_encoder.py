@@ -52,6 +52,7 @@ CASES: tuple[Case, ...] = (
     ("minilm", (8, 1), 0.8, 1, 16),
     ("minilm", (8, 1), 0.8, 32, 128),
 )
+HEADLINE = CASES[:2]
 #: Rounds of one sequence, and of the headline's cases: neighbours come and go within
 #: minutes.
 MIN_ROUNDS, HEADLINE_ROUNDS = 20, 60
@@ -79,10 +80,10 @@ class FromIds(nn.Module):
 def measure(options: Options) -> dict[str, Any]:
     cases = [
         case
-        for case in (CASES[:2] if options.quick else CASES)
+        for case in (HEADLINE if options.quick else CASES)
         if not options.tokens or case[4] in options.tokens
     ]
-    rows = [compare(*case, options, rounds_of(case, CASES)) for case in cases]
+    rows = [compare(*case, options, rounds_of(case, HEADLINE)) for case in cases]
     ragged = [ragged_rate(name) for name in MODELS]
     dense = [row for row in rows if row["sparsity"] == 0]
     targets = [
@@ -143,11 +144,11 @@ def ratio_targets(
     ]  # fmt: skip
 
 
-def rounds_of(case: Case, cases: tuple[Case, ...]) -> int:
-    """The least rounds of ``case``, of ``cases`` with the headline's two first."""
+def rounds_of(case: Case, headline: tuple[Case, ...]) -> int:
+    """The least rounds of ``case``; ``headline`` are the cases that take the most."""
     if case[3] > 1:
         return 2
-    return HEADLINE_ROUNDS if case in cases[:2] else MIN_ROUNDS
+    return HEADLINE_ROUNDS if case in headline else MIN_ROUNDS
 
 
 def compare(
