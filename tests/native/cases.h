@@ -19,6 +19,9 @@ void check_activations(Report& report, bool quick);
 void check_group_lasso(Report& report, bool quick);
 void check_block_mask(Report& report, bool quick);
 
+// One random case of attention, of each kind, drawn from `random`.
+void check_random_attention(Report& report, Random& random);
+
 // One random case of an operation drawn from `random`.
 void fuzz(Report& report, Random& random);
 

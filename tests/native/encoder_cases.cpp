@@ -482,11 +482,7 @@ class ShortAttention {
 
   void check(Report& report, int64_t tile, int64_t first_key) const {
     const std::vector<float> y = run(tile, first_key, true);
-    const int64_t first = std::max<int64_t>(tile * kTile - lane_, 0);
-    const int64_t width = int64_t{pybsp::variants(pybsp::active_isa()).lanes} *
-                          pybsp::variants(pybsp::active_isa()).max_vectors;
-    const int64_t count =
-        std::min({kTile - (lane_ + first) % kTile, length_ - first, width});
+    const int64_t first = first_of(tile), count = queries_of(tile);
     Doubles want(y.size(), -1.0), bound(y.size(), 0.0);
     for (int64_t query = 0; query < count; ++query) {
       Doubles weights;
@@ -524,6 +520,41 @@ class ShortAttention {
                  static_cast<int64_t>(y.size()), kTile);
   }
 
+  // The bits of products of integers, where the keys that `is_seen` names share all of
+  // the weight and the others have none. kLargest... are those of the kernel.
+  void check_bits(Report& report, int64_t tile,
+                  const std::vector<bool>& is_seen) const {
+    constexpr float kLargestShort = 32767.0f, kLargestValue = 8191.0f;
+    constexpr float kLargestTotal = 261120.0f;
+    const auto seen = std::count(is_seen.begin(), is_seen.end(), true);
+    const float share = kLargestTotal / static_cast<float>(seen);
+    if (std::fabs(share - std::floor(share) - 0.5f) < 0.05f) return;  // either way
+    const auto weight =
+        static_cast<int64_t>(std::nearbyint(std::min(share, kLargestShort)));
+    const float inverse = 1.0f / static_cast<float>(weight * seen);
+    const std::vector<float> y = run(tile, 0, true);
+    std::vector<float> want = y;
+    for (int64_t d = 0; d < dim_; ++d) {
+      float largest = 0.0f;
+      for (int64_t j = 0; j < length_; ++j) {
+        largest = std::max(largest, std::fabs(values_[index(j, d)]));
+      }
+      int64_t sum = 0;
+      for (int64_t j = 0; j < length_; ++j) {
+        if (!is_seen[static_cast<size_t>(j)]) continue;
+        const float multiple = values_[index(j, d)] * (kLargestValue / largest);
+        sum += weight * static_cast<int64_t>(std::nearbyint(multiple));
+      }
+      const float product = static_cast<float>(sum) * inverse;
+      std::fill_n(want.begin() + d * kTile, queries_of(tile),
+                  product * (largest * (1.0f / kLargestValue)));
+    }
+    report.same_bits("attention in integers", y.data(), want.data(),
+                     static_cast<int64_t>(y.size()), kTile);
+  }
+
+  int64_t last_tile() const { return (lane_ + length_ - 1) / kTile; }
+
   size_t index(int64_t token, int64_t d) const {
     return static_cast<size_t>(at(token, d));
   }
@@ -531,6 +562,18 @@ class ShortAttention {
  private:
   static constexpr int64_t kTile = 48;
   static constexpr float kScale = 0.25f;
+
+  int64_t first_of(int64_t tile) const {
+    return std::max<int64_t>(tile * kTile - lane_, 0);
+  }
+
+  // That run() answers: those of the tile's first piece.
+  int64_t queries_of(int64_t tile) const {
+    const pybsp::Variants& isa = pybsp::variants(pybsp::active_isa());
+    const int64_t first = first_of(tile);
+    return std::min({kTile - (lane_ + first) % kTile, length_ - first,
+                     int64_t{isa.lanes} * isa.max_vectors});
+  }
 
   int64_t at(int64_t token, int64_t d) const {
     const int64_t lane = lane_ + token;
@@ -542,6 +585,36 @@ class ShortAttention {
   std::vector<float> queries_, keys_, values_, bias_;
   std::vector<int64_t> positions_;
 };
+
+// Keys with the signs of the queries' features, and keys with the opposite ones: scores
+// as large as sums get, and weights that are all alike or nothing.
+void check_integer_attention(Report& report, Random& random) {
+  const pybsp::Isa isa = pybsp::active_isa();
+  if (isa != pybsp::Isa::avx2_vnni && isa != pybsp::Isa::avx512_vnni) return;
+  const int64_t head_dim = 8 * random.between(1, 32);
+  const int64_t length = random.between(50, 400);
+  ShortAttention one(head_dim, random.between(0, 47), length, false);
+  std::vector<float> signs;
+  for (int64_t d = 0; d < head_dim; ++d) {
+    signs.push_back(random.between(0, 1) == 0 ? 1.0f : -1.0f);
+  }
+  const int64_t seen_of_16 = random.between(1, 16);
+  const bool is_extreme = random.between(0, 1) == 0;
+  std::vector<bool> is_seen;
+  for (int64_t i = 0; i < length; ++i) {
+    is_seen.push_back(i == 0 || random.between(1, 16) <= seen_of_16);
+    const float query = 1.0f + 3.0f * random.unit();
+    for (int64_t d = 0; d < head_dim; ++d) {
+      const float sign = signs[static_cast<size_t>(d)];
+      one.queries()[one.index(i, d)] = query * sign;
+      one.keys()[one.index(i, d)] = is_seen.back() ? 5.0f * sign : -5.0f * sign;
+      if (is_extreme) {
+        one.values()[one.index(i, d)] = random.between(0, 7) == 0 ? 7.0f : -7.0f;
+      }
+    }
+  }
+  one.check_bits(report, random.between(0, one.last_tile()), is_seen);
+}
 
 void check_short_attention(Report& report) {
   for (const int64_t head_dim : {32, 64, 40, 8, 24}) {
@@ -615,9 +688,19 @@ void check_short_attention(Report& report) {
       if (which == 0) one.check(report, 1, 0);
     }
   }
+  Random random(18);
+  for (int i = 0; i < 50; ++i) check_integer_attention(report, random);
 }
 
 }  // namespace
+
+void check_random_attention(Report& report, Random& random) {
+  const int64_t length = random.between(1, 200);
+  const ShortAttention one(random.between(1, 80), random.between(0, 47), length,
+                           random.between(0, 1) == 0);
+  one.check(report, random.between(0, one.last_tile()), random.between(0, length - 1));
+  check_integer_attention(report, random);
+}
 
 void check_encoder(Report& report, bool quick) {
   using pybsp::Activation;

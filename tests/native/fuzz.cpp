@@ -48,6 +48,7 @@ void fuzz(Report& report, Random& random) {
                               {random.between(1, 90), in, 1, c}},
                              density, tokens, seed);
   products.check(report, tokens);
+  check_random_attention(report, random);
 }
 
 }  // namespace selftest
