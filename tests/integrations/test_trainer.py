@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
+from encoders import ARCHITECTURES
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     EarlyStoppingCallback,
@@ -126,6 +129,34 @@ def test_run_reaches_target_and_marks_the_model(tmp_path: Path) -> None:
     assert record["quant_method"] == "pybsp"
     assert record["sparsity"] == 0.75
     assert len(record["modules"]) == 12
+
+
+@pytest.mark.parametrize("name", ["roberta", "distilbert", "electra", "mpnet"])
+def test_other_architectures_are_pruned_saved_and_loaded(
+    tmp_path: Path, name: str
+) -> None:
+    prefix, settings = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(
+        getattr(transformers, f"{prefix}Config")(**settings)
+    )
+    trainer = make_trainer(tmp_path, BlockPruningCallback(CFG), model=model)
+    trainer.train()
+    targets = {
+        path: layer
+        for path, layer in model.base_model.named_modules()
+        if isinstance(layer, nn.Linear) and "layer" in path
+    }
+    zeros = sum(int((layer.weight == 0).sum()) for layer in targets.values())
+    assert zeros == 0.75 * sum(layer.weight.numel() for layer in targets.values())
+    trainer.save_model(str(tmp_path / "out"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert len(config["quantization_config"]["modules"]) == len(targets)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    ids = Words().ids
+    with torch.inference_mode():
+        expected = model.eval()(input_ids=ids).logits
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
 
 
 def test_logs_reach_history_and_reporters(tmp_path: Path) -> None:

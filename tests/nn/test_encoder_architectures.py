@@ -52,7 +52,7 @@ def test_lengths(name, batch, length):
 def test_padding_anywhere(name, mask):
     model = build(name)
     native = packed(model)
-    for batch, length in ((5, 33), (2, 17), (3, 2)):
+    for batch, length in ((5, 33), (2, 17), (3, 2), (2, 512)):
         check(model, native, text(batch, length, mask))
 
 
