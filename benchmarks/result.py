@@ -14,7 +14,7 @@ from typing import Any
 from pybsp.cli import environment
 
 RESULTS = Path(__file__).parent / "results"
-PEERS = ("torch", "onnxruntime", "openvino", "scipy")
+PEERS = ("torch", "onnxruntime", "openvino", "nncf", "scipy")
 SEPARATOR = ",\n  "
 
 
