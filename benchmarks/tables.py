@@ -23,7 +23,7 @@ from pybsp.cli import study
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/results.md", "docs/speed.md", "docs/pruning.md",
-         "docs/quantization.md")  # fmt: skip
+         "docs/quantization.md", "docs/packing.md")  # fmt: skip
 GLUE_TASKS = ("mrpc", "stsb", "cola", "rte", "sst2")
 USUAL_BLOCK = "8,1"
 METRICS = {"accuracy": "accuracy", "f1": "F1"}
@@ -132,6 +132,24 @@ def glue() -> str:
             "faster than the best dense",
         ],
         rows,
+    )
+
+
+def whole_tasks() -> str:
+    """The default recipe with all rows of every task, where ``glue`` has a part of
+    sst2's."""
+    whole = study.summaries(RESULTS / "glue_whole", studied("glue_whole"))
+    ((setting, row),) = whole.items()
+    row = {**by_default()[setting], **row}
+    tasks = [task for task in GLUE_TASKS if task in row]
+    dense = [statistics.fmean(row[task].dense) for task in tasks]
+    (scores,) = score_rows({setting: row}, tasks)
+    return markdown(
+        ["", *tasks, "mean change"],
+        [
+            ["dense", *(f"{score:.1f}" for score in dense), ""],
+            [f"{setting[1]:.0%}", *scores],
+        ],
     )
 
 
@@ -386,8 +404,61 @@ def one_shot() -> str:
     return markdown(head, rows)
 
 
+def memory() -> str:
+    """Megabytes of a process beyond its imports, dense and packed."""
+    forms = load("memory.json")[0]["rows"]
+    rows = [["file", *(f"{form['file_mb']:.1f}" for form in forms)]]
+    for what, when, part in (
+        ("after loading", "load", "total"),
+        ("after the first answer, 128 tokens", "first answer", "total"),
+        ("after 51 answers and reading every row of the embeddings", "all words",
+         "total"),
+        ("of these: pages of the file", "all words", "file"),
+        ("allocated while loading", "load", "anonymous"),
+        ("allocated in the end", "all words", "anonymous"),
+        ("code of torch that was not needed before", "all words", "libraries"),
+    ):  # fmt: skip
+        found = [form["memory_mb"][when][part] for form in forms]
+        rows.append([what, *(f"{megabytes:.1f}" for megabytes in found)])
+    held = [f"{form['held_over_file']:.2f}x" for form in forms]
+    rows.append(["pages of the file and allocated while loading, over the file", *held])
+    return markdown(["", *(form["form"] for form in forms)], rows)
+
+
+def loading() -> str:
+    """Seconds of ``from_pretrained``, dense and packed."""
+    forms = load("memory.json")[0]["rows"]
+    rows = [
+        [what, *(f"{form[key]:.3f}" for form in forms)]
+        for key, what in (
+            ("load_s", "`from_pretrained`, first of a process"),
+            ("load_again_s", "again in the same process"),
+            ("load_and_answer_s", "first of a process, and the first answer"),
+            ("from_disk_s", "the same with the file not in the system's cache"),
+        )
+    ]
+    return markdown(["", *(form["form"] for form in forms)], rows)
+
+
+def service() -> str:
+    """Requests from several threads against one."""
+    run = load("service.json")[0]
+    first, last = (run["memory_mb"][tenth]["anonymous"] for tenth in (0, -1))
+    return markdown(
+        ["cores", "requests", "errors", "other answers", "one thread s",
+         f"{run['threads']} threads s", "MB allocated after a tenth", "in the end"],
+        [[f"{run['environment']['cores']}", f"{run['requests']:,}",
+          f"{len(run['errors'])}", f"{len(run['wrong'])}", f"{run['serial_s']:.1f}",
+          f"{run['seconds']:.1f}", f"{first:.1f}", f"{last:.1f}"]],
+    )  # fmt: skip
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "memory": memory,
+    "loading": loading,
+    "service": service,
     "glue": glue,
+    "glue_whole": whole_tasks,
     "glue_variants": variants,
     "glue_blocks": blocks,
     "ablation_penalty": ablation("penalty", "no-penalty"),

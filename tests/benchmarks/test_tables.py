@@ -93,6 +93,44 @@ def test_studies_stand_beside_the_dense_model(results: Path) -> None:
     assert figures.accuracy() is not None
 
 
+def test_all_rows_of_a_task_take_the_place_of_a_part(results: Path) -> None:
+    write_run(results / "glue" / "mrpc-reconstruct-80-8x1-seed0", 0.86, 0.85)
+    write_run(results / "glue" / "sst2-reconstruct-80-8x1-seed0", 0.88, 0.80)
+    write_run(results / "glue_whole" / "sst2-reconstruct-80-8x1-seed0", 0.90, 0.89)
+    assert tables.whole_tasks().splitlines() == [
+        "|  | mrpc | sst2 | mean change |",
+        "| --- | ---: | ---: | ---: |",
+        "| dense | 86.0 | 90.0 |  |",
+        "| 80% | 85.0 (-1.0) | 89.0 (-1.0) | -1.0 |",
+    ]
+
+
+def test_memory_and_service_are_shown_as_they_were_saved(results: Path) -> None:
+    parts = {"total": 9.0, "file": 5.0, "anonymous": 3.0, "libraries": 1.0}
+    times = dict.fromkeys(
+        ("load_s", "load_again_s", "load_and_answer_s", "from_disk_s"), 0.25
+    )
+    memory = dict.fromkeys(("load", "first answer", "51 answers", "all words"), parts)
+    form = {"form": "packed", "file_mb": 8.0, "held_over_file": 1.0,
+            "memory_mb": memory, **times}  # fmt: skip
+    result.save("memory", {"rows": [form]})
+    lines = tables.memory().splitlines()
+    assert lines[0] == "|  | packed |"
+    assert "| of these: pages of the file | 5.0 |" in lines
+    assert lines[-1].endswith("over the file | 1.00x |")
+    assert tables.loading().count("| 0.250 |") == 4
+    megabytes = [{"anonymous": 300.0}, {"anonymous": 301.5}]
+    result.save("service", {"requests": 10000, "threads": 4, "errors": [], "wrong": [],
+                            "serial_s": 8.0, "seconds": 5.0,
+                            "memory_mb": megabytes})  # fmt: skip
+    assert (
+        tables.service()
+        .splitlines()[-1]
+        .endswith("| 10,000 | 0 | 0 | 8.0 | 5.0 | 300.0 | 301.5 |")
+    )
+    assert (results / "service.json").is_file()
+
+
 def test_blocks_are_compared_with_the_usual_ones_first(results: Path) -> None:
     for block, packed in (("16x4", 0.82), ("1xinover8", 0.79), ("8x1", 0.84)):
         write_run(results / "glue" / f"mrpc-reconstruct-80-{block}-seed0", 0.86, packed)
