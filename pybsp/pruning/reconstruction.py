@@ -16,6 +16,8 @@ Alistarh 2022, arXiv 2208.11580)::
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -108,12 +110,38 @@ def removal_costs(
     grid = grid_shape(weight.shape, block_shape)
     rows = weight.detach().float().reshape(grid[0], block_shape[0], weight.shape[1])
     inverse = torch.linalg.inv(damped(covariance, rounding)).float()
-    at_once = max(1, _WORKING_SET // inverse.numel())
-    parts = [
-        _costs_of_rows(part, inverse, block_shape[1])
-        for part in torch.split(rows, at_once)
-    ]
+    workers = torch.get_num_threads() if rows.is_cpu else 1
+    at_once = max(1, _WORKING_SET // (workers * inverse.numel()))
+    parts = _side_by_side(
+        lambda part: _costs_of_rows(part, inverse, block_shape[1]),
+        torch.split(rows, at_once),
+        workers,
+    )
     return torch.cat(parts)
+
+
+def _side_by_side(
+    function: Callable[[torch.Tensor], torch.Tensor],
+    parts: Sequence[torch.Tensor],
+    workers: int,
+) -> list[torch.Tensor]:
+    """``function`` of each part, so many at a time, each computed by one thread.
+
+    Threads that share one small factorisation wait for each other: two took over ten
+    times as long as one for all layers of MiniLM.
+    """
+    team = torch.get_num_threads()
+
+    def alone(part: torch.Tensor) -> torch.Tensor:
+        torch.set_num_threads(1)
+        return function(part)
+
+    try:
+        with ThreadPoolExecutor(workers) as threads:
+            return list(threads.map(alone, parts))
+    finally:
+        # what a thread sets is also what threads to come start with
+        torch.set_num_threads(team)
 
 
 def _costs_of_rows(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from pybsp.blocks import BlockShape, expand_blocks, grid_shape
+from pybsp.pruning import reconstruction
 from pybsp.pruning.penalty import block_norms
 from pybsp.pruning.reconstruction import (
     DAMPING,
@@ -113,6 +116,32 @@ def test_the_first_removal_costs_what_least_squares_says(
         assert float(costs[row].min()) == pytest.approx(errors[cheapest], rel=1e-3)
         if cols > 1:
             assert int(costs[row].argmin()) == cheapest
+
+
+def test_threads_take_other_rows_and_each_computes_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight, _ = layer()
+    covariance = moments(inputs()).covariance(False)
+    expected = removal_costs(weight, covariance, (2, 1))
+    seen: list[tuple[int, int]] = []
+
+    def watched(rows: torch.Tensor, *others: Any) -> torch.Tensor:
+        seen.append((len(rows), torch.get_num_threads()))
+        return costs_of_rows(rows, *others)
+
+    costs_of_rows = reconstruction._costs_of_rows
+    monkeypatch.setattr(reconstruction, "_costs_of_rows", watched)
+    monkeypatch.setattr(reconstruction, "_WORKING_SET", 9 * 24 * 24)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = removal_costs(weight, covariance, (2, 1))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(seen) == [(2, 1), (3, 1), (3, 1)]
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("block_shape", [(8, 1), (4, 4), (1, 3)])
