@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/results.md from ``results/``.
+"""Writes the tables of README.md and docs/ from ``results/``.
 
 A table stands between ``<!-- table:NAME -->`` and ``<!-- end -->``; the rest of a page
 is left alone.
@@ -414,9 +414,10 @@ def memory() -> str:
         ("after 51 answers and reading every row of the embeddings", "all words",
          "total"),
         ("of these: pages of the file", "all words", "file"),
+        ("of these: allocated", "all words", "anonymous"),
+        ("of these: code of torch that was not needed before", "all words",
+         "libraries"),
         ("allocated while loading", "load", "anonymous"),
-        ("allocated in the end", "all words", "anonymous"),
-        ("code of torch that was not needed before", "all words", "libraries"),
     ):  # fmt: skip
         found = [form["memory_mb"][when][part] for form in forms]
         rows.append([what, *(f"{megabytes:.1f}" for megabytes in found)])

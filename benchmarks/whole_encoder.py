@@ -135,7 +135,7 @@ def ratio_targets(
     neighbours took least of its cache and cycles."""
     return [
         target
-        for prefix, words in (("", ""), ("best_", ", best round"))
+        for prefix, words in (("", ""), ("best_", ", shortest turns"))
         for target in reach(
             what + words,
             [row[prefix + field] for row in rows if prefix + field in row],

@@ -193,7 +193,7 @@ def _load_from_hub(task: Task) -> TaskData:
     except ImportError:
         raise UsageError(
             "reading a task from the Hugging Face hub needs the package 'datasets': "
-            "pip install datasets, or give a directory with --data"
+            "pip install 'datasets>=3', or give a directory with --data"
         ) from None
     try:
         loaded = datasets.load_dataset("nyu-mll/glue", task.hub_name)

@@ -105,7 +105,8 @@ def test_all_rows_of_a_task_take_the_place_of_a_part(results: Path) -> None:
     ]
 
 
-def test_memory_and_service_are_shown_as_they_were_saved(results: Path) -> None:
+@pytest.mark.usefixtures("results")
+def test_memory_and_service_are_shown_as_they_were_saved() -> None:
     parts = {"total": 9.0, "file": 5.0, "anonymous": 3.0, "libraries": 1.0}
     times = dict.fromkeys(
         ("load_s", "load_again_s", "load_and_answer_s", "from_disk_s"), 0.25
@@ -128,7 +129,13 @@ def test_memory_and_service_are_shown_as_they_were_saved(results: Path) -> None:
         .splitlines()[-1]
         .endswith("| 10,000 | 0 | 0 | 8.0 | 5.0 | 300.0 | 301.5 |")
     )
-    assert (results / "service.json").is_file()
+
+
+def test_the_best_8_bit_peer_is_dense_and_another() -> None:
+    times = {"pybsp int8": 1.0, "torch.ao sparse int8 1x4": 2.0, "openvino": 3.0,
+             "torch int8 dynamic": 5.0, "openvino int8": 4.0}  # fmt: skip
+    row = {"times": {name: {"median_ms": time} for name, time in times.items()}}
+    assert figures._best_int8(row) == 4.0
 
 
 def test_blocks_are_compared_with_the_usual_ones_first(results: Path) -> None:
