@@ -284,7 +284,12 @@ class Experiment:
                 pruner = BlockPruner(model, config, total_steps=1000)
                 record_norms(self.workspace, pruner, "fine_tuned")
             texts = self.calibration(features)
-            prune_one_shot(model, config, batches(texts, tokenizer))
+            prune_one_shot(
+                model,
+                config,
+                batches(texts, tokenizer),
+                error=self.recipe.error,
+            )
             self.save(model, tokenizer, name)
             return {"scores": self.score(model, tokenizer), "step": 0}
 

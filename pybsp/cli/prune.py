@@ -135,6 +135,7 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
         distill=given("distill"),
         distill_hidden=given("distill_hidden"),
         reconstruct=defaults.reconstruct,
+        error=cut_error(arguments),
         first_cuts=cuts_before(arguments),
         dropout=given("dropout"),
         bfloat16=arguments.bf16,
@@ -142,6 +143,17 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
         seconds=arguments.seconds,
         onnx=not arguments.no_onnx,
     )
+
+
+def cut_error(arguments: argparse.Namespace) -> str:
+    """What the removal of a block costs in a cut by reconstruction."""
+    defaults = RECIPES[arguments.recipe]
+    if arguments.error and not defaults.reconstruct:
+        raise UsageError(
+            "--error is for the recipe 'reconstruct'; the others rank blocks by "
+            "--saliency: leave it out"
+        )
+    return arguments.error or defaults.error
 
 
 def cuts_before(arguments: argparse.Namespace) -> tuple[float, ...]:

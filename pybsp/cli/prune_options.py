@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_method(group: Any) -> None:
     from ..pruning.config import CHOICES
+    from ..pruning.one_shot import ERRORS
 
     group.add_argument(
         "--sparsity",
@@ -99,6 +100,13 @@ def add_method(group: Any) -> None:
         help="in the recipe 'reconstruct', cut to these sparsities first and train a "
         "while after each, within --epochs (default: 0.6 for a --sparsity above 0.7, "
         "0.6,0.8 above 0.85, 0.6,0.8,0.9 above 0.925, and so on; else none)",
+    )
+    group.add_argument(
+        "--error",
+        choices=ERRORS,
+        help="in the recipe 'reconstruct', what removing a block costs: the error of "
+        "the model's logits, or that of its layer's outputs, relative to their "
+        "variance (default: model)",
     )
     for name, text in (
         ("method", "penalty on block norms"),

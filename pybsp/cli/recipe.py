@@ -20,6 +20,7 @@ class Defaults:
     config: Mapping[str, Any] = field(default_factory=dict)
     is_paper: bool = False
     reconstruct: bool = False
+    error: str = "model"
     learning_rate: float = 2.0
     distill: float = 0.5
     distill_hidden: float = 0.0
@@ -74,13 +75,13 @@ class Recipe:
     ``distill`` is the weight of the dense model's logits in the loss of the pruning
     run, ``distill_hidden`` that of its hidden states. With ``reconstruct`` the dense
     model is cut by reconstruction first, on training texts of ``calibration`` tokens,
-    and the run trains what is left; with ``first_cuts`` it comes there in several cuts,
-    and trains after each. ``dropout`` is that of the model, or none while
-    pruning; ``bfloat16`` is for products of the dense run. ``schedule`` of the learning
-    rate while pruning: ``"hold"`` keeps it up to the cut and then lets it fall to zero,
-    ``"restart"`` plays the fall once up to the cut and once after it, as two separate
-    runs would. ``checkpoints`` are written per run, for resuming; ``seconds`` is spent
-    timing.
+    by the costs of an ``error`` (see ``prune_one_shot``), and the run trains what is
+    left; with ``first_cuts`` it comes there in several cuts, and trains after each.
+    ``dropout`` is that of the model, or none while pruning; ``bfloat16`` is for
+    products of the dense run. ``schedule`` of the learning rate while pruning:
+    ``"hold"`` keeps it up to the cut and then lets it fall to zero, ``"restart"`` plays
+    the fall once up to the cut and once after it, as two separate runs would.
+    ``checkpoints`` are written per run, for resuming; ``seconds`` is spent timing.
     """
 
     epochs_dense: float
@@ -93,6 +94,7 @@ class Recipe:
     distill: float
     distill_hidden: float = 0.0
     reconstruct: bool = False
+    error: str = "model"
     dropout: bool = True
     bfloat16: bool = False
     calibration: int = 32768

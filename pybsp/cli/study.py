@@ -36,6 +36,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "--recipe", "ramp", "--method", "magnitude", "--saliency", "movement",
         "--distill-hidden", "1", "--no-dropout",
     ),
+    "layer-error": ("--error", "layer"),
     "one-cut": ("--first-cuts", "none"),
     "labels-alone": ("--distill", "0", "--distill-hidden", "0"),
     "logits-alone": ("--distill-hidden", "0"),
@@ -55,9 +56,10 @@ ABLATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ranking": (("reconstruct", "per-layer", "balanced"), ("8,1", "1,in/8")),
     "penalty": (("reweighted", "fixed", "no-penalty"), ("8,1",)),
     "cuts": (("reconstruct", "one-cut"), ("8,1",)),
+    "error": (("reconstruct", "layer-error"), ("8,1",)),
     "recipe": (
-        ("reconstruct", "norm-cut", "taylor", "logits-alone", "labels-alone", "dropout",
-         "reweighted", "paper"),
+        ("reconstruct", "layer-error", "norm-cut", "taylor", "logits-alone",
+         "labels-alone", "dropout", "reweighted", "paper"),
         ("8,1",),
     ),
 }  # fmt: skip

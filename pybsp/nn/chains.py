@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..pruning import neurons
 from ..reference import ACTIVATIONS
 from .fuse import activation_of
 from .linear import BlockSparseLinear
@@ -168,6 +169,17 @@ def layers(owner: nn.Module, chain: Chain) -> dict[str, nn.Linear | BlockSparseL
     return found
 
 
+def find_feed_forward(model: nn.Module) -> Iterator[neurons.FeedForward]:
+    """The chains of neurons."""
+    for name, _, chain in find_chains(model):
+        if chain.kind != "heads":
+            prefix = f"{name}." if name else ""
+            (source,) = chain.sources
+            yield neurons.FeedForward(
+                prefix + source, prefix + chain.sink, rows=chain.parts
+            )
+
+
 def _has_modules(owner: nn.Module, architecture: _Architecture) -> bool:
     inside, _, activation = architecture.activation.rpartition(".")
     for path, accepted in architecture.modules.items():
@@ -306,3 +318,6 @@ def spare(
         constant = constant & (value == 0)
     items = (unused | constant).view(chain.items, chain.size).all(1)
     return items, torch.where(constant & ~unused, value, 0.0)
+
+
+neurons.find_feed_forward = find_feed_forward

@@ -4,36 +4,40 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from .config import BlockPruningConfig
+from .forwards import Stage, find_stages, in_lockstep, layer_inputs
 from .masks import check_feasible, pools, select_masks
+from .neurons import order_neurons_
 from .reconstruction import InputMoments, output_energy, refit, removal_costs
 from .record import record_block_shapes
+from .sensitivity import output_gains
 from .targets import Target, select_targets, unwrap_model
 
-#: Targets that get the same inputs, such as query, key and value.
-Stage = tuple[str, ...]
+#: Whose error a removal is charged for.
+ERRORS = ("model", "layer")
 
 
 @torch.no_grad()
 def prune_one_shot(
-    model: nn.Module, cfg: BlockPruningConfig, batches: Iterable[Any]
+    model: nn.Module,
+    cfg: BlockPruningConfig,
+    batches: Iterable[Any],
+    *,
+    error: str = "model",
 ) -> dict[str, Any]:
     """Prune ``model`` in place to the target of ``cfg``, from a few hundred examples.
 
     Blocks are ranked by what their removal costs when all others of the layer make up
     for it, on the inputs that the layer has in ``batches``; then, layer by layer, the
     kept weights and the bias are fitted so that the pruned model's layer gives what the
-    dense one gave. No labels and no gradients are needed. It is a start for training,
-    rarely an end::
+    dense one gave. No labels are needed. It is a start for training, rarely an end::
 
         cfg = BlockPruningConfig(method="magnitude", phases=(0, 0, 1))
         pybsp.prune_one_shot(model, cfg, batches)
@@ -43,18 +47,25 @@ def prune_one_shot(
     ----------
     model : a model whose targeted layers run in every forward; its modes are kept.
     cfg : ``block_shape``, ``target_sparsity``, ``scope``, ``max_layer_sparsity``,
-        ``overrides`` and the selection of modules count. With ``scope="global"`` the
-        costs of a layer are taken relative to the variance of its outputs.
+        ``overrides`` and the selection of modules count.
     batches : inputs of the model as it is called: dicts of keyword arguments, tuples or
         lists of arguments, or the only argument. Where a dict has an
         ``attention_mask``, padding is left out.
+    error : what a removal costs. ``"model"``: the squared change of the model's logits,
+        or of its first output, to second order and output by output of the layer. The
+        neurons of known feed-forward parts are first put into the order of what they
+        matter, which changes nothing of what the model computes. ``"layer"``: the
+        squared change of the layer's outputs, relative to their variance.
 
     Returns the record that joins ``model.config``, as ``BlockPruner.finalize`` does.
 
     Raises ``ValueError`` for what ``BlockPruner`` refuses, no batches, a targeted layer
-    that does not run, or inputs that nothing can be fitted to. Whatever is raised,
+    that does not run, outputs without derivatives, or inputs that nothing can be fitted
+    to. Whatever is raised,
     ``model`` is as it was.
     """
+    if error not in ERRORS:
+        raise ValueError(f"error must be 'model' or 'layer'; got {error!r}")
     if cfg.has_threshold:
         raise ValueError(
             "prune_one_shot ranks blocks by the error of their removal, which a "
@@ -76,13 +87,19 @@ def prune_one_shot(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        stages = _stages(model, list(targets), inputs[0])
-        costs = _costs(model, targets, stages, inputs)
+        stages = find_stages(model, list(targets), inputs[0])
+        moments = _moments(model, stages, inputs)
+        dense, gains = model, None
+        if error == "model":
+            gains = output_gains(model, list(targets), inputs)
+            dense = copy.deepcopy(model)
+            order_neurons_(dense, targets, gains, moments)
+        costs = _costs(dense, targets, moments, gains)
         masks: dict[str, torch.Tensor] = {}
         for pool in groups:
             masks.update(select_masks(costs, pool, cfg.max_layer_sparsity))
-        fitted = copy.deepcopy(model)
-        _refit_all(fitted, model, stages, targets, masks, inputs)
+        fitted = copy.deepcopy(dense)
+        _refit_all(fitted, dense, stages, targets, masks, inputs)
         for name in targets:
             new, old = fitted.get_submodule(name), model.get_submodule(name)
             old.weight.copy_(new.weight)  # type: ignore[operator, arg-type]
@@ -94,46 +111,65 @@ def prune_one_shot(
     return record_block_shapes(model, targets.values(), cfg.block_shape)
 
 
+def _moments(
+    model: nn.Module, stages: Sequence[Stage], batches: Sequence[Any]
+) -> dict[str, InputMoments]:
+    """Of the inputs of all targets; those of one stage share theirs."""
+    moments = [InputMoments() for _ in stages]
+    first = [stage[0] for stage in stages]
+    for batch in batches:
+        for seen, x in zip(moments, layer_inputs(model, first, batch), strict=True):
+            seen.add(x, x)
+    for stage, seen in zip(stages, moments, strict=True):
+        _check_finite(stage[0], seen)
+    return {
+        name: seen
+        for stage, seen in zip(stages, moments, strict=True)
+        for name in stage
+    }
+
+
 def _costs(
     dense: nn.Module,
     targets: Mapping[str, Target],
-    stages: Sequence[Stage],
-    batches: Sequence[Any],
+    moments: Mapping[str, InputMoments],
+    gains: Mapping[str, torch.Tensor] | None,
 ) -> dict[str, torch.Tensor]:
-    """Costs of all blocks of all targets, relative to their layer's outputs and to the
-    size of a block."""
-    moments = {stage: InputMoments() for stage in stages}
-    first = [stage[0] for stage in stages]
-    for batch in batches:
-        for stage, x in zip(stages, _inputs(dense, first, batch), strict=True):
-            moments[stage].add(x, x)
+    """Costs of all blocks of all targets, relative to the size of a block: with
+    ``gains`` in units of the model's outputs, else relative to the layer's outputs."""
     costs = {}
-    for stage in stages:
-        for name in stage:
-            layer, target = dense.get_submodule(name), targets[name]
-            weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-            covariance = moments[stage].covariance(centred=layer.bias is not None)
-            with _solving(name, moments[stage]):
-                cost = removal_costs(
-                    weight, covariance, target.block_shape, moments[stage].rounding
-                )
-            energy = output_energy(weight, covariance)
-            costs[name] = cost / (target.block_size * max(energy, 1e-30))
+    for name, target in targets.items():
+        layer, seen = dense.get_submodule(name), moments[name]
+        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+        covariance = seen.covariance(centred=layer.bias is not None)
+        if gains is not None:
+            weight = weight.double() * gains[name].sqrt().unsqueeze(1)
+        with _solving(name, seen):
+            cost = removal_costs(weight, covariance, target.block_shape, seen.rounding)
+        if gains is None:
+            cost /= max(output_energy(weight, covariance), 1e-30)
+        costs[name] = cost / target.block_size
     return costs
 
 
 @contextmanager
 def _solving(name: str, moments: InputMoments) -> Iterator[None]:
     """Names the layer whose equations have no solution."""
-    message = f"the inputs of '{name}' cannot be fitted"
-    if not math.isfinite(moments.rounding):
-        raise ValueError(
-            f"{message}: they are not finite; check the model and the batches"
-        )
+    _check_finite(name, moments)
     try:
         yield
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise ValueError(f"{message}; exclude it or give more batches") from error
+        raise ValueError(
+            f"the inputs of '{name}' cannot be fitted; exclude it or give more batches"
+        ) from error
+
+
+def _check_finite(name: str, moments: InputMoments) -> None:
+    if not math.isfinite(moments.rounding):
+        raise ValueError(
+            f"the inputs of '{name}' cannot be fitted: they are not finite; check the "
+            "model and the batches"
+        )
 
 
 def _refit_all(
@@ -162,160 +198,4 @@ def _refit_all(
                 bias.copy_(shifted)
 
     runs = [(m, batch) for m in (dense, model) for batch in batches]
-    _in_lockstep(runs, [stage[0] for stage in stages], fit)
-
-
-def _in_lockstep(
-    runs: Sequence[tuple[nn.Module, Any]],
-    names: Sequence[str],
-    meet: Callable[[int, Sequence[torch.Tensor]], None],
-) -> None:
-    """Run the forwards side by side, each waiting at every module of ``names`` until
-    all are there; then ``meet(number, inputs of all)`` is called, before any goes on.
-
-    One forward instead of one for each module: a thread holds each. A thread that
-    computes in parallel would keep a team of its own, so each computes alone and as
-    many run at a time as a team has threads. ``meet`` runs in the calling thread.
-    """
-    team = torch.get_num_threads()
-    turn = threading.Semaphore(team)
-    own = threading.local()
-    inputs: list[torch.Tensor] = [torch.empty(0)] * len(runs)
-    barrier = threading.Barrier(len(runs) + 1)
-
-    def see(name: str, x: torch.Tensor) -> None:
-        if own.left[0] != name:
-            raise ValueError(
-                f"'{name}' runs before '{own.left[0]}' in one of the batches, and after"
-                " it in the first; such models are pruned while they train"
-            )
-        own.left.pop(0)
-        inputs[own.index] = _tokens(x, runs[own.index][1])
-        turn.release()
-        try:
-            barrier.wait()  # all are there
-            barrier.wait()  # and have met
-        finally:
-            turn.acquire()
-        if not own.left:
-            raise _AllSeen
-
-    @torch.no_grad()
-    def run(index: int) -> None:
-        torch.set_num_threads(1)
-        own.index, own.left = index, list(names)
-        with turn:
-            try:
-                with suppress(_AllSeen):
-                    _call(*runs[index])
-            except BaseException:
-                barrier.abort()
-                raise
-
-    errors: list[BaseException | None] = []
-    try:
-        with ExitStack() as watching, ThreadPoolExecutor(len(runs)) as threads:
-            try:
-                for model in {id(model): model for model, _ in runs}.values():
-                    watching.enter_context(_watched(model, names, see))
-                running = [threads.submit(run, i) for i in range(len(runs))]
-                with suppress(threading.BrokenBarrierError):
-                    for number in range(len(names)):
-                        barrier.wait()
-                        meet(number, inputs)
-                        barrier.wait()
-            except BaseException:
-                barrier.abort()
-                raise
-            errors = [future.exception() for future in running]
-    finally:
-        # what a thread sets is also what threads to come start with
-        torch.set_num_threads(team)
-    broken = [error for error in errors if error is not None]
-    for error in sorted(
-        broken, key=lambda e: isinstance(e, threading.BrokenBarrierError)
-    ):
-        raise error
-
-
-class _AllSeen(Exception):
-    """The modules that are watched have their inputs; the rest need not run."""
-
-
-def _inputs(model: nn.Module, names: Sequence[str], batch: Any) -> list[torch.Tensor]:
-    """Inputs ``(tokens, in)`` of the modules, padding left out."""
-    found: dict[str, torch.Tensor] = {}
-
-    def see(name: str, x: torch.Tensor) -> None:
-        found[name] = _tokens(x, batch)
-        if len(found) == len(names):
-            raise _AllSeen
-
-    with _watched(model, names, see), suppress(_AllSeen):
-        _call(model, batch)
-    missed = [name for name in names if name not in found]
-    if missed:
-        raise ValueError(
-            f"'{missed[0]}' does not run in one of the batches, and does in the first; "
-            "exclude it, or prune while training"
-        )
-    return [found[name] for name in names]
-
-
-def _tokens(x: torch.Tensor, batch: Any) -> torch.Tensor:
-    kept = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if kept is not None and kept.shape == x.shape[:-1]:
-        x = x[kept.bool()]
-    return x.reshape(-1, x.shape[-1])
-
-
-def _stages(model: nn.Module, names: Sequence[str], batch: Any) -> list[Stage]:
-    """Targets in the order in which they run; those with the same input together."""
-    order: list[tuple[torch.Tensor, list[str]]] = []
-
-    def see(name: str, x: torch.Tensor) -> None:
-        if order and order[-1][0] is x:
-            order[-1][1].append(name)
-        else:
-            order.append((x, [name]))
-
-    with _watched(model, names, see):
-        _call(model, batch)
-    stages = [tuple(dict.fromkeys(stage)) for _, stage in order]
-    ran = [name for stage in stages for name in stage]
-    odd = [name for name in names if ran.count(name) != 1]
-    if odd:
-        raise ValueError(
-            f"'{odd[0]}' ran {ran.count(odd[0])} times in a forward; a layer is fitted "
-            "to its inputs at one place: exclude it, or prune while training"
-        )
-    return stages
-
-
-@contextmanager
-def _watched(
-    model: nn.Module, names: Sequence[str], see: Callable[[str, torch.Tensor], None]
-) -> Iterator[None]:
-    def hook(name: str) -> Any:
-        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            see(name, args[0] if args else next(iter(kwargs.values())))
-
-        return look
-
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(
-            hook(name), with_kwargs=True
-        )
-        for name in names
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    in_lockstep(runs, [stage[0] for stage in stages], fit)

@@ -53,6 +53,12 @@ class InputMoments:
             sums = [old + new for old, new in zip(self._sums, sums, strict=True)]
         self._sums = sums
 
+    def reorder_(self, order: torch.Tensor) -> None:
+        """Put the inputs into another order."""
+        vectors, matrices = self._sums[:2], self._sums[2:]
+        self._sums = [vector[order] for vector in vectors]
+        self._sums += [matrix[order][:, order] for matrix in matrices]
+
     @property
     def means(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Means of the inputs, dense and pruned."""

@@ -198,8 +198,8 @@ def test_epochs_are_shared_between_cuts():
 def test_several_cuts(cli, pruned, model, data, tmp_path, monkeypatch):
     kept = []
 
-    def prune(model, config, batches):
-        prune_one_shot(model, config, batches)
+    def prune(model, config, batches, **settings):
+        prune_one_shot(model, config, batches, **settings)
         weights = {n: p for n, p in model.named_parameters() if ".query.weight" in n}
         kept.append({name: weight != 0 for name, weight in weights.items()})
 
