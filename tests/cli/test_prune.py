@@ -199,6 +199,7 @@ def test_several_cuts(cli, pruned, model, data, tmp_path, monkeypatch):
     kept = []
 
     def prune(model, config, batches, **settings):
+        assert settings == {"error": "layer"}
         prune_one_shot(model, config, batches, **settings)
         weights = {n: p for n, p in model.named_parameters() if ".query.weight" in n}
         kept.append({name: weight != 0 for name, weight in weights.items()})
@@ -206,7 +207,8 @@ def test_several_cuts(cli, pruned, model, data, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "prune_one_shot", prune)
     run = cli(*prune_arguments(
         model, data, tmp_path / "out", "--dense-checkpoint", pruned.parent / "dense",
-        "--recipe", "reconstruct", "--first-cuts", "0.5,0.7", "--json",
+        "--recipe", "reconstruct", "--first-cuts", "0.5,0.7", "--error", "layer",
+        "--json",
     ))  # fmt: skip
     assert run.status == 0, run.stderr
     assert len(kept) == 3
@@ -385,6 +387,7 @@ class TestErrors:
             ("leave it out", ["--first-cuts", "0.5"]),
             ("argument --first-cuts: must be 'none' or", ["--first-cuts", "80"]),
             ("add --recipe ramp", ["--recipe", "reconstruct", "--ramp", "cubic"]),
+            ("--error is for the recipe", ["--recipe", "ramp", "--error", "layer"]),
             ("must be 'auto' or at least 0", ["--lambda", "much"]),
             ("invalid choice", ["--method", "magic"]),
             ("is not a directory", ["--model", "./nowhere"]),

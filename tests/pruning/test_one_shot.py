@@ -60,14 +60,15 @@ def error(model: nn.Module, dense: nn.Module) -> float:
         return float((model.eval()(x) - wanted).square().sum() / wanted.square().sum())
 
 
+@pytest.mark.parametrize("error_of", ["model", "layer"])
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("block_shape", [(8, 1), (4, 4), (1, "in/8")])
 def test_exact_sparsity_and_a_smaller_error_than_a_cut(
-    scope: str, block_shape: Any
+    scope: str, block_shape: Any, error_of: str
 ) -> None:
     cfg = config(scope=scope, block_shape=block_shape)
     dense, fitted, cut = Network(), Network(), Network()
-    record = prune_one_shot(fitted, cfg, batches())
+    record = prune_one_shot(fitted, cfg, batches(), error=error_of)
     assert fitted.training
     BlockPruner(cut, cfg, total_steps=10).cut()
     assert record["sparsity"] == 0.5
@@ -77,6 +78,24 @@ def test_exact_sparsity_and_a_smaller_error_than_a_cut(
     assert layers["spare"].zeros == 0
     assert error(fitted, dense) < 0.5 * error(cut, dense)
     assert record["modules"].keys() == {"first", "gate", "last"}
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_outputs_that_matter_to_the_model_keep_their_weights(scope: str) -> None:
+    """Half of the outputs of the first layer hardly reach the model's."""
+    dense = Network()
+    with torch.no_grad():
+        dense.last.weight[:, :32] *= 0.01
+    errors, kept = {}, {}
+    for of in ("model", "layer"):
+        model = copy.deepcopy(dense)
+        prune_one_shot(model, config(scope=scope), batches(), error=of)
+        errors[of] = error(model, dense)
+        nonzero = (model.first.weight != 0).float()
+        kept[of] = float(nonzero[32:].sum() / nonzero.sum())
+    assert errors["model"] < 0.5 * errors["layer"]
+    assert kept["model"] > 0.95
+    assert kept["layer"] == pytest.approx(0.5, abs=0.1)
 
 
 def test_later_layers_make_up_for_earlier_ones() -> None:
@@ -114,6 +133,8 @@ def test_a_second_cut_goes_on_from_what_is_left(scope: str) -> None:
 def test_what_reconstruction_cannot_do_is_refused() -> None:
     with pytest.raises(ValueError, match="which a threshold of norms does not fit"):
         prune_one_shot(Network(), config(threshold=0.1), batches())
+    with pytest.raises(ValueError, match="error must be 'model' or 'layer'; got 'x'"):
+        prune_one_shot(Network(), config(), batches(), error="x")
     with pytest.raises(ValueError, match="embedding tables are none"):
         prune_one_shot(Network(), config(embedding_modules=["words"]), batches())
 
@@ -171,6 +192,26 @@ def test_refusals_change_nothing(settings: Any, inputs: Any, message: str) -> No
     assert model.training
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+class Opaque(Network):
+    """Its outputs have no derivatives."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x).detach()
+
+
+def test_a_model_without_derivatives_is_charged_by_layer() -> None:
+    model, expected = Opaque(), Network()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="pass error='layer'"):
+        prune_one_shot(model, config(), batches())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    prune_one_shot(model, config(), batches(), error="layer")
+    prune_one_shot(expected, config(), batches(), error="layer")
+    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 class Turning(Network):
