@@ -3,7 +3,7 @@
 For folders that ``pybsp prune`` wrote; batch 1, 128 tokens, one thread, embeddings and
 encoder. All three compute the same masked model; their outputs are compared first.
 
-    python -m benchmarks.encoder RUN [RUN ...] [--seconds 12] [--threads 1]
+    python -m benchmarks.encoder RUN [RUN ...] [--seconds 12] [--name encoder]
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=12.0)
+    parser.add_argument("--name", default="encoder", help="of the results' file")
     arguments = parser.parse_args()
     table = Table("run", "packed ms", "dense ms", "onnxruntime ms", "speed-up")
     rows = []
@@ -56,7 +57,7 @@ def main() -> None:
             f"{row['speedup']['median']:.2f}x",
         )
     Console().print(table)
-    print(result.save("encoder", {"rows": rows}))
+    print(result.save(arguments.name, {"rows": rows}))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter
 from benchmarks import every_peer
 from benchmarks.layers import family
 from benchmarks.section import block_text
-from benchmarks.tables import ROOT, by_default, latencies, load
+from benchmarks.tables import BEFORE, DEFAULT, ROOT, by_variant, latencies, load
 
 #: Okabe and Ito's colours, which the colour-blind tell apart, each with a marker.
 STYLES = {
@@ -240,7 +240,7 @@ def _line(
 
 def accuracy() -> Figure | None:
     """What pruning costs, over sparsity and over measured latency."""
-    whole = by_default()
+    whole = {**by_variant(DEFAULT), **by_variant(BEFORE)}
     most = max((len(row) for row in whole.values()), default=0)
     # Not what has only begun: its tasks would be the only ones that all have.
     found = {setting: row for setting, row in whole.items() if 2 * len(row) > most}
@@ -251,28 +251,31 @@ def accuracy() -> Figure | None:
     over = "mean over " if len(tasks) > 1 else ""
     figure.suptitle(f"all-MiniLM-L6-v2, {over}{', '.join(sorted(tasks))}", fontsize=10)
     left, right = figure.subplots(1, 2, sharey=True)
-    timed = latencies()
-    for block in dict.fromkeys(key[2] for key in found):
+    timed = {variant: latencies(variant) for variant in (DEFAULT, BEFORE)}
+    for variant, block in dict.fromkeys((key[0], key[2]) for key in found):
         text = f"({block.replace(',', ', ')})"
         colour, marker = STYLES.get(text.replace("in/8", "96"), ("black", "x"))
+        style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.4,
+                 "label": text}  # fmt: skip
+        if variant == BEFORE:
+            style |= {"label": f"{text}, by layer", "mfc": "none", "linestyle": "--"}
         curve = [
             (sparsity, statistics.fmean(row[task].change for task in tasks))
-            for (_, sparsity, name), row in found.items()
-            if name == block
+            for (name, sparsity, of), row in found.items()
+            if (name, of) == (variant, block)
         ]
-        left.plot(*zip(*curve, strict=True), color=colour, marker=marker, markersize=5,
-                  linewidth=1.4, label=text)  # fmt: skip
+        left.plot(*zip(*curve, strict=True), **style)
         against = [
-            (timed[sparsity, block]["packed"]["median_ms"], change)
+            (timed[variant][sparsity, block]["packed"]["median_ms"], change)
             for sparsity, change in curve
-            if (sparsity, block) in timed
+            if (sparsity, block) in timed[variant]
         ]
         if against:
-            right.plot(*zip(*against, strict=True), color=colour, marker=marker,
-                       markersize=5, linewidth=1.4, label=text)  # fmt: skip
+            right.plot(*zip(*against, strict=True), **style)
     dense = [
         min(t["median_ms"] for name, t in times.items() if name != "packed")
-        for times in timed.values()
+        for rows in timed.values()
+        for times in rows.values()
     ]
     if dense:
         right.plot(statistics.median(dense), 0, color="black", marker="*", markersize=9,

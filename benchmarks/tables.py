@@ -25,6 +25,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/results.md", "docs/speed.md", "docs/pruning.md",
          "docs/quantization.md", "docs/packing.md")  # fmt: skip
 GLUE_TASKS = ("mrpc", "stsb", "cola", "rte", "sst2")
+#: Variants of ``pybsp glue``: the default recipe, and what was the default when most of
+#: the study was run.
+DEFAULT, BEFORE = "reconstruct", "layer-error"
 USUAL_BLOCK = "8,1"
 METRICS = {"accuracy": "accuracy", "f1": "F1"}
 
@@ -61,9 +64,9 @@ def studied(folder: str = "glue") -> list[study.Cell]:
     )
 
 
-def by_default() -> dict[study.Setting, dict[str, study.Summary]]:
-    """What the default recipe gave."""
-    cells = (cell for cell in studied() if cell.variant == "reconstruct")
+def by_variant(variant: str) -> dict[study.Setting, dict[str, study.Summary]]:
+    """What one variant gave: the default recipe, or what was the default before."""
+    cells = (cell for cell in studied() if cell.variant == variant)
     return study.summaries(RESULTS / "glue", cells)
 
 
@@ -76,20 +79,24 @@ def cell_score(cell: study.Cell, stage: str, folder: str = "glue") -> float:
     return study.score(cell_results(cell, folder)["scores"][stage])
 
 
-def latencies() -> dict[tuple[float, str], dict[str, Any]]:
+def latencies(variant: str) -> dict[tuple[float, str], dict[str, Any]]:
     """By sparsity and block, the latency of one of the checkpoints."""
     timed = {}
-    for run in load("encoder.json"):
+    for run in load("encoder*.json"):
         for row in run["rows"]:
             cell = study.Cell.from_name(row["run"])
-            if cell.variant == "reconstruct":
+            if cell.variant == variant:
                 timed[cell.sparsity, cell.block] = row["candidates"]
     return timed
 
 
-def dense_scores(task: str) -> dict[int, float]:
-    """The dense model's score by seed."""
-    return {c.seed: cell_score(c, "dense") for c in studied() if c.task == task}
+def dense_scores(task: str, variant: str) -> dict[int, float]:
+    """The dense model's score by seed, of those that a variant started from."""
+    return {
+        cell.seed: cell_score(cell, "dense")
+        for cell in studied()
+        if (cell.task, cell.variant) == (task, variant)
+    }
 
 
 def score_rows(
@@ -104,11 +111,13 @@ def score_rows(
     ]
 
 
-def glue() -> str:
+def glue(variant: str = DEFAULT) -> str:
     """Dev scores by block and sparsity: the dense model's first."""
-    found, timed = by_default(), latencies()
+    found, timed = by_variant(variant), latencies(variant)
     tasks = [task for task in GLUE_TASKS if any(task in row for row in found.values())]
-    dense = {task: statistics.fmean(dense_scores(task).values()) for task in tasks}
+    dense = {
+        task: statistics.fmean(dense_scores(task, variant).values()) for task in tasks
+    }
     rows = [["", "dense", *(f"{dense[task]:.1f}" for task in tasks), "", "", ""]]
     for (_, sparsity, block), scores in zip(
         found, score_rows(found, tasks), strict=True
@@ -136,11 +145,11 @@ def glue() -> str:
 
 
 def whole_tasks() -> str:
-    """The default recipe with all rows of every task, where ``glue`` has a part of
-    sst2's."""
+    """What was the default recipe, with all rows of every task, where ``glue`` has a
+    part of sst2's."""
     whole = study.summaries(RESULTS / "glue_whole", studied("glue_whole"))
     ((setting, row),) = whole.items()
-    row = {**by_default()[setting], **row}
+    row = {**by_variant(setting[0])[setting], **row}
     tasks = [task for task in GLUE_TASKS if task in row]
     dense = [statistics.fmean(row[task].dense) for task in tasks]
     (scores,) = score_rows({setting: row}, tasks)
@@ -154,7 +163,7 @@ def whole_tasks() -> str:
 
 
 def variants(
-    folder: str = "glue", usual: str = "reconstruct", names: Sequence[str] = ()
+    folder: str = "glue", usual: str = BEFORE, names: Sequence[str] = ()
 ) -> str:
     """What changes when one thing of the ``usual`` variant does: the same tasks and
     seeds. ``names`` are the variants of the table; all by default."""
@@ -166,7 +175,7 @@ def variants(
 
 def blocks() -> str:
     """What changes when the blocks do: the same tasks and seeds."""
-    cells = [cell for cell in studied() if cell.variant == "reconstruct"]
+    cells = [cell for cell in studied() if cell.variant == BEFORE]
     return compared(
         "glue", cells, lambda cell: replace(cell, block=USUAL_BLOCK), "(8, 1)"
     )
@@ -459,11 +468,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "loading": loading,
     "service": service,
     "glue": glue,
+    "glue_layer_error": lambda: glue(BEFORE),
     "glue_whole": whole_tasks,
-    "glue_variants": variants,
+    "glue_variants": lambda: variants(names=(BEFORE, "one-cut", "per-layer")),
     "glue_blocks": blocks,
     "ablation_penalty": ablation("penalty", "no-penalty"),
-    "ablation_recipe": ablation("recipe", "reconstruct"),
+    "ablation_recipe": ablation("recipe", BEFORE),
     "linear": linear,
     "one_shot": one_shot,
     "bfloat16": bfloat16,

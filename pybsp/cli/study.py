@@ -24,6 +24,7 @@ from .workspace import RESULTS, RUN, read_json
 #: Name -> options of ``pybsp prune``.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "reconstruct": (),
+    "layer-error": ("--error", "layer"),
     "norm-cut": (
         "--recipe", "ramp", "--method", "magnitude", "--ramp", "one_shot", "--phases",
         "0,0,1", "--distill-hidden", "1", "--no-dropout", "--prune-lr", "5e-4",
@@ -36,7 +37,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "--recipe", "ramp", "--method", "magnitude", "--saliency", "movement",
         "--distill-hidden", "1", "--no-dropout",
     ),
-    "layer-error": ("--error", "layer"),
     "one-cut": ("--first-cuts", "none"),
     "labels-alone": ("--distill", "0", "--distill-hidden", "0"),
     "logits-alone": ("--distill-hidden", "0"),

@@ -83,7 +83,8 @@ def test_studies_stand_beside_the_dense_model(results: Path) -> None:
         "| (8, 1) | 44% | 87.0 (+1.0) |  | +1.0 |  |  |",
         "| (8, 1) | 80% | 85.5 +- 0.7 (-1.5) | 31.0 (+1.0) | -0.2 | 2.00 | 4.0x |",
     ]
-    assert tables.variants().splitlines()[2:] == [
+    assert tables.glue("layer-error").splitlines()[2:] == ["|  | dense |  |  |  |"]
+    assert tables.variants(usual="reconstruct").splitlines()[2:] == [
         "| reconstruct | (8, 1) | 44% | 87.0 (+1.0) |  |  |  |",
         "| dropout | (8, 1) | 44% | 90.0 (+4.0) |  | +3.0 | 0.77x |",
         "| reconstruct | (8, 1) | 80% | 85.0 (-1.0) | 31.0 (+1.0) |  |  |",
@@ -94,9 +95,9 @@ def test_studies_stand_beside_the_dense_model(results: Path) -> None:
 
 
 def test_all_rows_of_a_task_take_the_place_of_a_part(results: Path) -> None:
-    write_run(results / "glue" / "mrpc-reconstruct-80-8x1-seed0", 0.86, 0.85)
-    write_run(results / "glue" / "sst2-reconstruct-80-8x1-seed0", 0.88, 0.80)
-    write_run(results / "glue_whole" / "sst2-reconstruct-80-8x1-seed0", 0.90, 0.89)
+    write_run(results / "glue" / "mrpc-layer-error-80-8x1-seed0", 0.86, 0.85)
+    write_run(results / "glue" / "sst2-layer-error-80-8x1-seed0", 0.88, 0.80)
+    write_run(results / "glue_whole" / "sst2-layer-error-80-8x1-seed0", 0.90, 0.89)
     assert tables.whole_tasks().splitlines() == [
         "|  | mrpc | sst2 | mean change |",
         "| --- | ---: | ---: | ---: |",
@@ -140,11 +141,11 @@ def test_the_best_8_bit_peer_is_dense_and_another() -> None:
 
 def test_blocks_are_compared_with_the_usual_ones_first(results: Path) -> None:
     for block, packed in (("16x4", 0.82), ("1xinover8", 0.79), ("8x1", 0.84)):
-        write_run(results / "glue" / f"mrpc-reconstruct-80-{block}-seed0", 0.86, packed)
+        write_run(results / "glue" / f"mrpc-layer-error-80-{block}-seed0", 0.86, packed)
     assert tables.blocks().splitlines()[2:] == [
-        "| reconstruct | (8, 1) | 80% | 84.0 (-2.0) |  |  |",
-        "| reconstruct | (1, in/8) | 80% | 79.0 (-7.0) | -5.0 |  |",
-        "| reconstruct | (16, 4) | 80% | 82.0 (-4.0) | -2.0 |  |",
+        "| layer-error | (8, 1) | 80% | 84.0 (-2.0) |  |  |",
+        "| layer-error | (1, in/8) | 80% | 79.0 (-7.0) | -5.0 |  |",
+        "| layer-error | (16, 4) | 80% | 82.0 (-4.0) | -2.0 |  |",
     ]
 
 
