@@ -59,11 +59,14 @@ def finished_results(out: Path, options: dict[str, Any], *, resume: bool) -> Any
 
 #: What versions did that had no option for it yet, where the default is another now.
 BEFORE: dict[str, Any] = {"first_cuts": []}
+#: The same, of runs that began with a cut by reconstruction.
+BEFORE_RECONSTRUCTED: dict[str, Any] = {**BEFORE, "error": "layer"}
 
 
 def check_same_options(old: dict[str, Any], new: dict[str, Any], place: Path) -> None:
     # An older version may not have known an option yet.
-    old = {**BEFORE, **old}
+    cut_first = old.get("recipe") == "reconstruct"
+    old = {**(BEFORE_RECONSTRUCTED if cut_first else BEFORE), **old}
     changed = [key for key in new if key in old and old[key] != new[key]]
     if changed:
         key = changed[0]

@@ -135,11 +135,13 @@ _ARCHITECTURES = (
 )
 
 
-def find_chains(model: nn.Module) -> Iterator[tuple[str, nn.Module, Chain]]:
+def find_chains(
+    model: nn.Module, *, anywhere: bool = False
+) -> Iterator[tuple[str, nn.Module, Chain]]:
     """(name of the owner, owner, chain) for every chain that nothing else sees into.
 
     Left out are chains with a layer, a weight or an activation that is shared or has
-    hooks, that is of another kind, or not on the CPU.
+    hooks, that is of another kind, or, unless ``anywhere``, not on the CPU.
     """
     places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     users = Counter(
@@ -153,7 +155,8 @@ def find_chains(model: nn.Module) -> Iterator[tuple[str, nn.Module, Chain]]:
                 continue
             chain = _chain(owner, architecture)
             if chain is not None and all(
-                _is_free(layer, users) and places[id(layer)] == places[id(owner)]
+                _is_free(layer, users, anywhere)
+                and places[id(layer)] == places[id(owner)]
                 for layer in layers(owner, chain).values()
             ):
                 yield name, owner, chain
@@ -171,7 +174,7 @@ def layers(owner: nn.Module, chain: Chain) -> dict[str, nn.Linear | BlockSparseL
 
 def find_feed_forward(model: nn.Module) -> Iterator[neurons.FeedForward]:
     """The chains of neurons."""
-    for name, _, chain in find_chains(model):
+    for name, _, chain in find_chains(model, anywhere=True):
         if chain.kind != "heads":
             prefix = f"{name}." if name else ""
             (source,) = chain.sources
@@ -268,7 +271,7 @@ def _is_watched(module: nn.Module) -> bool:
     )
 
 
-def _is_free(layer: nn.Module, users: Mapping[int, int]) -> bool:
+def _is_free(layer: nn.Module, users: Mapping[int, int], anywhere: bool) -> bool:
     return (
         not _is_watched(layer)
         and getattr(layer, "activation", None) is None
@@ -276,7 +279,7 @@ def _is_free(layer: nn.Module, users: Mapping[int, int]) -> bool:
         and users[id(layer._buffers.get("weight_values", layer))] <= 1
         and all(
             users[id(parameter)] == 1
-            and parameter.device.type == "cpu"
+            and (anywhere or parameter.device.type == "cpu")
             and parameter.is_floating_point()
             for parameter in layer._parameters.values()
             if parameter is not None

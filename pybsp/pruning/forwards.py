@@ -114,12 +114,29 @@ def layer_inputs(
     return [found[name] for name in names]
 
 
+def attention_mask(batch: Any) -> torch.Tensor | None:
+    """Which tokens are no padding, where the batch says so."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return None if mask is None else mask.bool()
+
+
 def unpadded(x: torch.Tensor, batch: Any) -> torch.Tensor:
     """``x`` (..., features) as (tokens, features), without those that are padding."""
-    kept = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    kept = attention_mask(batch)
     if kept is not None and kept.shape == x.shape[:-1]:
-        x = x[kept.bool()]
+        x = x[kept]
     return x.reshape(-1, x.shape[-1])
+
+
+def outside_inference_mode(batch: Any) -> Any:
+    """A batch that derivatives can be taken with, wherever it was made."""
+    if isinstance(batch, torch.Tensor):
+        return batch.clone() if batch.is_inference() else batch
+    if isinstance(batch, Mapping):
+        return {name: outside_inference_mode(part) for name, part in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return [outside_inference_mode(part) for part in batch]
+    return batch
 
 
 def find_stages(model: nn.Module, names: Sequence[str], batch: Any) -> list[Stage]:

@@ -62,12 +62,12 @@ def order_neurons_(
             continue
         up, down = model.get_submodule(part.first), model.get_submodule(part.second)
         weights: list[torch.Tensor] = [up.weight, down.weight]  # type: ignore[list-item]
-        seen = moments[part.second]
-        if sum(other is seen for other in moments.values()) > 1 or any(
+        if any(
             count_zero_blocks(weight, target.block_shape)
             for weight, target in zip(weights, (first, second), strict=True)
         ):
             continue
+        seen = moments[part.second]
         variances = seen.covariance(centred=down.bias is not None).diagonal()
         squares = weights[1].detach().double().square()
         importance = (gains[part.second] @ squares) * variances

@@ -16,7 +16,7 @@ from .forwards import Stage, find_stages, in_lockstep, layer_inputs
 from .masks import check_feasible, pools, select_masks
 from .neurons import order_neurons_
 from .reconstruction import InputMoments, output_energy, refit, removal_costs
-from .record import record_block_shapes
+from .record import record_block_shapes, zero_blocks
 from .sensitivity import output_gains
 from .targets import Target, select_targets, unwrap_model
 
@@ -54,15 +54,15 @@ def prune_one_shot(
     error : what a removal costs. ``"model"``: the squared change of the model's logits,
         or of its first output, to second order and output by output of the layer. The
         neurons of known feed-forward parts are first put into the order of what they
-        matter, which changes nothing of what the model computes. ``"layer"``: the
-        squared change of the layer's outputs, relative to their variance.
+        matter, which changes nothing of what the model computes; an optimizer that
+        holds moments of the weights is built afterwards. ``"layer"``: the squared
+        change of the layer's outputs, relative to their variance.
 
     Returns the record that joins ``model.config``, as ``BlockPruner.finalize`` does.
 
     Raises ``ValueError`` for what ``BlockPruner`` refuses, no batches, a targeted layer
     that does not run, outputs without derivatives, or inputs that nothing can be fitted
-    to. Whatever is raised,
-    ``model`` is as it was.
+    to. Whatever is raised, ``model`` is as it was.
     """
     if error not in ERRORS:
         raise ValueError(f"error must be 'model' or 'layer'; got {error!r}")
@@ -91,8 +91,9 @@ def prune_one_shot(
         moments = _moments(model, stages, inputs)
         dense, gains = model, None
         if error == "model":
-            gains = output_gains(model, list(targets), inputs)
             dense = copy.deepcopy(model)
+            # Of another copy: a model may hold on to what it computed.
+            gains = output_gains(copy.deepcopy(model), list(targets), inputs)
             order_neurons_(dense, targets, gains, moments)
         costs = _costs(dense, targets, moments, gains)
         masks: dict[str, torch.Tensor] = {}
@@ -136,19 +137,22 @@ def _costs(
     gains: Mapping[str, torch.Tensor] | None,
 ) -> dict[str, torch.Tensor]:
     """Costs of all blocks of all targets, relative to the size of a block: with
-    ``gains`` in units of the model's outputs, else relative to the layer's outputs."""
+    ``gains`` in units of the model's outputs, else relative to the layer's outputs.
+    What was removed before goes before what costs nothing."""
     costs = {}
     for name, target in targets.items():
         layer, seen = dense.get_submodule(name), moments[name]
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
         covariance = seen.covariance(centred=layer.bias is not None)
+        counted = weight
         if gains is not None:
-            weight = weight.double() * gains[name].sqrt().unsqueeze(1)
+            counted = weight.double() * gains[name].sqrt().unsqueeze(1)
         with _solving(name, seen):
-            cost = removal_costs(weight, covariance, target.block_shape, seen.rounding)
+            cost = removal_costs(counted, covariance, target.block_shape, seen.rounding)
         if gains is None:
             cost /= max(output_energy(weight, covariance), 1e-30)
-        costs[name] = cost / target.block_size
+        gone = zero_blocks(weight, target.block_shape)
+        costs[name] = (cost / target.block_size).masked_fill(gone, -1.0)
     return costs
 
 

@@ -26,10 +26,14 @@ def recorded_block_shape(module: nn.Module) -> BlockShape | None:
     return None if shape is None else check_block_shape(shape)
 
 
+def zero_blocks(weight: torch.Tensor, block_shape: BlockShape) -> torch.Tensor:
+    """Which blocks ``(out/r, in/c)`` have weights that are all exactly zero."""
+    return (block_view(weight.detach(), block_shape) == 0).flatten(2).all(2)
+
+
 def count_zero_blocks(weight: torch.Tensor, block_shape: BlockShape) -> int:
-    """Blocks whose weights are all exactly zero."""
-    blocks = block_view(weight.detach(), block_shape)
-    return int((blocks == 0).flatten(2).all(2).sum())
+    """How many ``zero_blocks`` there are."""
+    return int(zero_blocks(weight, block_shape).sum())
 
 
 def pruned_embeddings(model: nn.Module) -> dict[str, BlockShape]:

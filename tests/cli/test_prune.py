@@ -186,6 +186,13 @@ def test_high_sparsities_take_several_cuts(sparsity, before):
     assert first_cuts(sparsity) == before
 
 
+def test_blocks_are_charged_with_the_error_of_the_model_by_default():
+    line = ["prune", "--model", "m", "--task", "sst2"]
+    for more, error in (([], "model"), (["--error", "layer"], "layer")):
+        given = build_parser(line).parse_args([*line, *more])
+        assert recipe(given).error == error
+
+
 def test_epochs_are_shared_between_cuts():
     line = ["prune", "--model", "m", "--task", "sst2", "--sparsity", "0.95"]
     line += ["--epochs", "8", "--first-cuts", "0.6,0.9", "--lr", "1e-4"]

@@ -168,3 +168,18 @@ def test_files_in_the_way_remove_no_work(tmp_path):
     with pytest.raises(WorkError, match="just finished"):
         Workspace(out, OPTIONS, resume=True).__enter__()
     assert "dense" in (tmp_path / "out.work" / "run.json").read_text()
+
+
+@pytest.mark.parametrize("recipe", ["reconstruct", "ramp"])
+def test_a_run_from_before_an_option_did_what_was_the_default_then(tmp_path, recipe):
+    out = tmp_path / "out"
+    out.mkdir()
+    write_json(out / "results.json", {"options": {"recipe": recipe}, "score": 1})
+    now = {"recipe": recipe, "first_cuts": [], "error": None}
+    if recipe == "ramp":
+        assert finished_results(out, now, resume=True)["score"] == 1
+        return
+    with pytest.raises(UsageError, match="error: 'layer' there, None here"):
+        finished_results(out, now, resume=True)
+    same = {**now, "error": "layer"}
+    assert finished_results(out, same, resume=True)["score"] == 1

@@ -16,6 +16,8 @@ from torch import nn
 from pybsp import BlockPruner, BlockPruningConfig, prune_one_shot
 from pybsp.pruning import model_sparsity, one_shot
 from pybsp.pruning.penalty import block_norms
+from pybsp.pruning.sensitivity import output_gains
+from pybsp.pruning.targets import select_targets
 
 
 class Network(nn.Module):
@@ -96,6 +98,34 @@ def test_outputs_that_matter_to_the_model_keep_their_weights(scope: str) -> None
     assert errors["model"] < 0.5 * errors["layer"]
     assert kept["model"] > 0.95
     assert kept["layer"] == pytest.approx(0.5, abs=0.1)
+
+
+@torch.no_grad()
+def test_costs_are_changes_of_the_outputs() -> None:
+    """Where inputs are independent, and outputs of a layer move those of the model in
+    directions at right angles, the cost of a column is the change without it: in layers
+    whose outputs differ in size by a thousand, and in what they matter."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    turns = [torch.linalg.qr(torch.randn(8, 8)).Q for _ in range(2)]
+    model[0].weight.copy_(1e-3 * turns[0])
+    model[1].weight.copy_(1e3 * torch.diag(1 + torch.rand(8))[torch.randperm(8)])
+    model[2].weight.copy_(turns[1] * torch.logspace(-1, 1, 8))
+    x = torch.randn(20000, 8)
+    cfg = config(exclude_modules=["2"], block_shape=("out", 1))
+    targets = {t.name: t for t in select_targets(model, cfg)}
+    moments = one_shot._moments(model, [("0",), ("1",)], [x])
+    gains = output_gains(model, list(targets), [x])
+    costs = one_shot._costs(model, targets, moments, gains)
+    for name, cost in costs.items():
+        seen = x if name == "0" else model[0](x)
+        for column in range(8):
+            cut = copy.deepcopy(model)
+            layer = cut[int(name)]
+            layer.bias += layer.weight[:, column] * seen[:, column].mean()
+            layer.weight[:, column] = 0
+            change = float((cut(x) - model(x)).square().sum())
+            assert float(8 * cost[0, column]) == pytest.approx(change, rel=0.1)
 
 
 def test_later_layers_make_up_for_earlier_ones() -> None:
