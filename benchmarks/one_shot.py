@@ -1,9 +1,10 @@
 """Accuracy right after the cut, without any training: by norm, and by reconstruction.
 
 all-MiniLM-L6-v2, fine-tuned on a GLUE task, is cut to each sparsity by block norms
-alone and by ``prune_one_shot`` on training texts without labels. The error is that
-of the last hidden states on the dev texts, relative to their variance. The dense
-checkpoint is one that ``pybsp glue`` left in STUDY/dense.
+alone and by ``prune_one_shot`` on training texts without labels, which charges a block
+with the error of its layer or of the model. The error shown is that of the last hidden
+states on the dev texts, relative to their variance. The dense checkpoint is one that
+``pybsp glue`` left in STUDY/dense.
 
     python -m benchmarks.one_shot --data DIR --dense STUDY/dense/sst2-seed0 --task sst2
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import random
 import time
 from pathlib import Path
@@ -23,6 +25,7 @@ from benchmarks import result
 from pybsp import BlockPruner, BlockPruningConfig, prune_one_shot
 from pybsp.cli import metrics, models, tasks
 from pybsp.cli.training import batches, by_length, encode, predict
+from pybsp.pruning.one_shot import ERRORS
 
 
 class Task:
@@ -79,6 +82,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.8])
     parser.add_argument("--texts", type=int, nargs="+", default=[512])
     parser.add_argument("--scope", nargs="+", default=["global"])
+    parser.add_argument("--charged", nargs="+", choices=ERRORS, default=ERRORS[::-1])
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -91,15 +95,14 @@ def main() -> None:
             model = copy.deepcopy(task.model)
             BlockPruner(model, cfg, total_steps=100).cut()
             rows.append(task.row(model, 0.0, cut="norm", **how))
-            for count in arguments.texts:
+            for count, error in itertools.product(arguments.texts, arguments.charged):
                 model = copy.deepcopy(task.model)
                 texts = task.texts(count)
                 started = time.process_time()
-                prune_one_shot(model, cfg, texts)
+                prune_one_shot(model, cfg, texts, error=error)
                 seconds = time.process_time() - started
-                rows.append(
-                    task.row(model, seconds, cut="one shot", texts=count, **how)
-                )
+                how |= {"cut": "one shot", "texts": count, "charged": error}
+                rows.append(task.row(model, seconds, **how))
     metric = task.data.task.metrics[0]
     record = {"task": arguments.task, "metric": metric, "rows": rows}
     result.save(f"accuracy/one_shot/{arguments.task}", record)

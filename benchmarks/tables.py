@@ -402,6 +402,7 @@ def one_shot() -> str:
             f"{run['task']} ({METRICS.get(run['metric'], run['metric'])})",
             f"{row['sparsity']:.0%}" if "sparsity" in row else "",
             row["cut"],
+            row.get("charged", ""),
             str(row.get("texts", "")),
             f"{100 * row[run['metric']]:.1f}",
             f"{row['error']:.2f}",
@@ -409,7 +410,7 @@ def one_shot() -> str:
         for run in load("accuracy/one_shot/*.json")
         for row in run["rows"]
     ]
-    head = ["task", "sparsity", "cut", "texts", "dev score", "error"]
+    head = ["task", "sparsity", "cut", "by error of", "texts", "dev score", "error"]
     return markdown(head, rows)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from encoders import ARCHITECTURES, build, text
 from torch import nn
 
 from pybsp import BlockPruningConfig, pack_, prune_one_shot
@@ -15,7 +16,6 @@ from pybsp.pruning import one_shot
 from pybsp.pruning.neurons import find_feed_forward, order_neurons_
 from pybsp.pruning.reconstruction import InputMoments
 from pybsp.pruning.targets import select_targets
-from tests.encoders import ARCHITECTURES, build, text
 
 KNOWN = ["bert", "roberta", "electra", "distilbert", "modernbert", "mpnet", "vit"]
 
