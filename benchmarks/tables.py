@@ -29,7 +29,7 @@ GLUE_TASKS = ("mrpc", "stsb", "cola", "rte", "sst2")
 #: the study was run.
 DEFAULT, BEFORE = "reconstruct", "layer-error"
 USUAL_BLOCK = "8,1"
-METRICS = {"accuracy": "accuracy", "f1": "F1"}
+METRICS = {"accuracy": "accuracy", "f1": "F1", "matthews": "Matthews correlation"}
 
 
 def load(pattern: str) -> list[dict[str, Any]]:
