@@ -79,14 +79,17 @@ def cell_score(cell: study.Cell, stage: str, folder: str = "glue") -> float:
     return study.score(cell_results(cell, folder)["scores"][stage])
 
 
-def latencies(variant: str) -> dict[tuple[float, str], dict[str, Any]]:
-    """By sparsity and block, the latency of one of the checkpoints."""
-    timed = {}
-    for run in load("encoder*.json"):
+def latencies(
+    variant: str, files: str = "encoder*.json"
+) -> dict[tuple[float, str], dict[str, Any]]:
+    """By sparsity and block, the latency of one of the checkpoints: of those of the
+    first file that has one."""
+    timed: dict[tuple[float, str], dict[str, Any]] = {}
+    for run in load(files):
         for row in run["rows"]:
             cell = study.Cell.from_name(row["run"])
             if cell.variant == variant:
-                timed[cell.sparsity, cell.block] = row["candidates"]
+                timed.setdefault((cell.sparsity, cell.block), row["candidates"])
     return timed
 
 
