@@ -106,8 +106,13 @@ def pruning_config(arguments: argparse.Namespace) -> BlockPruningConfig:
 
 def check_recipe(arguments: argparse.Namespace) -> None:
     """``UsageError`` for options of a run that prunes as it goes, in one that does
-    not."""
+    not, or the other way round."""
     if not RECIPES[arguments.recipe].reconstruct:
+        if arguments.error:
+            raise UsageError(
+                "--error is for the recipe 'reconstruct'; the others rank blocks by "
+                "--saliency: leave it out"
+            )
         return
     for name in IN_THE_COURSE:
         if getattr(arguments, name) is not None:
@@ -135,7 +140,7 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
         distill=given("distill"),
         distill_hidden=given("distill_hidden"),
         reconstruct=defaults.reconstruct,
-        error=cut_error(arguments),
+        error=given("error"),
         first_cuts=cuts_before(arguments),
         dropout=given("dropout"),
         bfloat16=arguments.bf16,
@@ -143,17 +148,6 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
         seconds=arguments.seconds,
         onnx=not arguments.no_onnx,
     )
-
-
-def cut_error(arguments: argparse.Namespace) -> str:
-    """What the removal of a block costs in a cut by reconstruction."""
-    defaults = RECIPES[arguments.recipe]
-    if arguments.error and not defaults.reconstruct:
-        raise UsageError(
-            "--error is for the recipe 'reconstruct'; the others rank blocks by "
-            "--saliency: leave it out"
-        )
-    return arguments.error or defaults.error
 
 
 def cuts_before(arguments: argparse.Namespace) -> tuple[float, ...]:

@@ -172,17 +172,13 @@ def _watched(
 
         return look
 
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(
-            hook(name), with_kwargs=True
-        )
-        for name in names
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            module = model.get_submodule(name)
+            hooks.enter_context(
+                module.register_forward_pre_hook(hook(name), with_kwargs=True)
+            )
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:

@@ -19,7 +19,7 @@ of one for each of its entries.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -101,14 +101,11 @@ def _watched(
 
         return look
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(hook(name)) for name in names
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            module = model.get_submodule(name)
+            hooks.enter_context(module.register_forward_hook(hook(name)))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _outputs(result: Any) -> list[torch.Tensor]:
