@@ -234,9 +234,9 @@ def compared(
     return markdown(["variant", "block", "sparsity", *tasks, *last], rows)
 
 
-def ablation(name: str, usual: str) -> Callable[[], str]:
-    """One of the ablations of ``pybsp glue``, at fewer epochs."""
-    return lambda: variants("ablation", usual, study.ABLATIONS[name][0])
+def ablation(name: str, usual: str, *more: str) -> Callable[[], str]:
+    """One of the ablations of ``pybsp glue`` and ``more`` variants, at fewer epochs."""
+    return lambda: variants("ablation", usual, (*study.ABLATIONS[name][0], *more))
 
 
 def divergence(cell: study.Cell, folder: str = "glue") -> float | None:
@@ -474,10 +474,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "glue": glue,
     "glue_layer_error": lambda: glue(BEFORE),
     "glue_whole": whole_tasks,
+    "glue_rate": lambda: variants(usual=DEFAULT, names=study.ABLATIONS["rate"][0]),
     "glue_variants": lambda: variants(names=(BEFORE, "one-cut", "per-layer")),
     "glue_blocks": blocks,
     "ablation_penalty": ablation("penalty", "no-penalty"),
-    "ablation_recipe": ablation("recipe", BEFORE),
+    "ablation_recipe": ablation("recipe", BEFORE, "high-rate"),
     "linear": linear,
     "one_shot": one_shot,
     "bfloat16": bfloat16,

@@ -179,7 +179,7 @@ def add_training(group: Any) -> None:
         type=positive_number,
         metavar="X",
         help="peak learning rate of the pruning run (default: in the recipe "
-        "'reconstruct' --lr over the density, at most 5 times --lr; else twice --lr)",
+        "'reconstruct' --lr over the density, at most 2.5 times --lr; else twice --lr)",
     )
     group.add_argument(
         "--schedule",

@@ -52,7 +52,7 @@ RECIPES = {
     "reconstruct": Defaults(
         {"method": "magnitude", "phases": (0.0, 0.0, 1.0), "packed_retraining": True},
         reconstruct=True,
-        learning_rate=5.0,
+        learning_rate=2.5,
         distill_hidden=1.0,
         dropout=False,
     ),

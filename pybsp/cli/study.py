@@ -25,9 +25,10 @@ from .workspace import RESULTS, RUN, read_json
 VARIANTS: dict[str, tuple[str, ...]] = {
     "reconstruct": (),
     "layer-error": ("--error", "layer"),
+    "high-rate": ("--prune-lr", "5e-4"),
     "norm-cut": (
         "--recipe", "ramp", "--method", "magnitude", "--ramp", "one_shot", "--phases",
-        "0,0,1", "--distill-hidden", "1", "--no-dropout", "--prune-lr", "5e-4",
+        "0,0,1", "--distill-hidden", "1", "--no-dropout", "--prune-lr", "2.5e-4",
     ),
     "taylor": (
         "--recipe", "ramp", "--method", "magnitude", "--saliency", "taylor",
@@ -57,6 +58,7 @@ ABLATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "penalty": (("reweighted", "fixed", "no-penalty"), ("8,1",)),
     "cuts": (("reconstruct", "one-cut"), ("8,1",)),
     "error": (("reconstruct", "layer-error"), ("8,1",)),
+    "rate": (("reconstruct", "high-rate"), ("8,1",)),
     "recipe": (
         ("reconstruct", "layer-error", "norm-cut", "taylor", "logits-alone",
          "labels-alone", "dropout", "reweighted", "paper"),
