@@ -78,11 +78,7 @@ class FromIds(nn.Module):
 
 
 def measure(options: Options) -> dict[str, Any]:
-    cases = [
-        case
-        for case in (HEADLINE if options.quick else CASES)
-        if not options.tokens or case[4] in options.tokens
-    ]
+    cases = chosen(HEADLINE if options.quick else CASES, options)
     rows = [compare(*case, options, rounds_of(case, HEADLINE)) for case in cases]
     ragged = [ragged_rate(name) for name in MODELS]
     dense = [row for row in rows if row["sparsity"] == 0]
@@ -96,6 +92,17 @@ def measure(options: Options) -> dict[str, Any]:
                [row["of_full"] for row in ragged], every=0.9),
     ]  # fmt: skip
     return {"rows": rows, "ragged": ragged, "targets": targets}
+
+
+def chosen(cases: tuple[Case, ...], options: Options) -> list[Case]:
+    """Those that the options narrow a run to; dense layers have a sparsity of 0."""
+    return [
+        (name, block, sparsity, batch, tokens)
+        for name, block, sparsity, batch, tokens in cases
+        if not options.blocks or block in options.blocks
+        if not options.sparsities or sparsity in options.sparsities
+        if not options.tokens or tokens in options.tokens
+    ]
 
 
 def headline(

@@ -33,6 +33,7 @@ from benchmarks.whole_encoder import (
     PEAK,
     Case,
     FromIds,
+    chosen,
     describe,
     floor_head,
     floor_targets,
@@ -74,9 +75,7 @@ TOLERANCE = 0.1
 def measure(options: Options) -> dict[str, Any]:
     rows = [
         compare(*case, options, rounds_of(case, HEADLINE))
-        for case in (HEADLINE if options.quick else CASES)
-        if (not options.tokens or case[4] in options.tokens)
-        and (not options.blocks or case[1] in options.blocks)
+        for case in chosen(HEADLINE if options.quick else CASES, options)
     ]
     targets = []
     for block in ((8, 1), (16, 4)):

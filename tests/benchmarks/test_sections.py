@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pybsp
-from benchmarks import layers, result, section, turns
+from benchmarks import layers, result, section, turns, whole_encoder
 from benchmarks.section import Options, Section
 from benchmarks.sections import SECTIONS
 
@@ -181,3 +181,15 @@ def test_random_layers_keep_what_was_asked() -> None:
     assert layer.matrix.density == 0.25
     assert torch.equal(layer.matrix.to_dense(), layer.weight)
     assert layer.operations(10) == 2 * 10 * 384 * 384 // 4
+
+
+@pytest.mark.parametrize(
+    ("narrowed", "cases"),
+    [({}, len(whole_encoder.CASES)),
+     ({"blocks": ((8, 1),), "sparsities": (0.8,), "tokens": (128,)}, 4),
+     ({"sparsities": (0.0,)}, 1), ({"blocks": ((2, 2),)}, 0)],
+)  # fmt: skip
+def test_options_narrow_whole_encoders(narrowed, cases):
+    found = whole_encoder.chosen(whole_encoder.CASES, Options(**narrowed))
+    assert len(found) == cases
+    assert set(found) <= set(whole_encoder.CASES)
