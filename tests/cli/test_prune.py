@@ -162,8 +162,8 @@ def test_single_weights_whole_rows_and_whole_columns(
 
 @pytest.mark.parametrize(
     ("name", "sparsity", "factor"),
-    [("reconstruct", 0.5, 2), ("reconstruct", 0.6, 2.5), ("reconstruct", 0.9, 2.5),
-     ("ramp", 0.5, 2), ("ramp", 0.9, 2)],
+    [("reconstruct", 0.5, 2), ("reconstruct", 0.6, 2.5), ("reconstruct", 0.8, 2.5),
+     ("reconstruct", 0.9, 2.5), ("ramp", 0.5, 2), ("ramp", 0.9, 2)],
 )  # fmt: skip
 def test_fewer_weights_take_a_higher_learning_rate(name, sparsity, factor):
     found = RECIPES[name].learning_rate_at(sparsity)
@@ -195,11 +195,11 @@ def test_blocks_are_charged_with_the_error_of_the_model_by_default():
 
 def test_epochs_are_shared_between_cuts():
     line = ["prune", "--model", "m", "--task", "sst2", "--sparsity", "0.95"]
-    line += ["--epochs", "8", "--first-cuts", "0.6,0.9", "--lr", "1e-4"]
+    line += ["--epochs", "8", "--first-cuts", "0.5,0.9", "--lr", "1e-4"]
     found = recipe(build_parser(line).parse_args(line))
-    assert [found.epochs_after(s) for s in (0.6, 0.9, 0.95)] == [2, 2, 4]
-    rates = [found.learning_rate_after(s) for s in (0.6, 0.9)]
-    assert rates == pytest.approx([2.5e-4, 2.5e-4])
+    assert [found.epochs_after(s) for s in (0.5, 0.9, 0.95)] == [2, 2, 4]
+    rates = [found.learning_rate_after(s) for s in (0.5, 0.9)]
+    assert rates == pytest.approx([2e-4, 2.5e-4])
 
 
 def test_several_cuts(cli, pruned, model, data, tmp_path, monkeypatch):
