@@ -21,6 +21,12 @@ from typing import IO, Any
 from .errors import WorkError
 from .workspace import RESULTS, RUN, read_json
 
+#: A ramp without a penalty, after a tenth of the steps in which gradients are gathered.
+_RAMP = (
+    "--recipe", "ramp", "--method", "magnitude", "--phases", "0.1,0.4,0.5",
+    "--distill-hidden", "1", "--no-dropout",
+)  # fmt: skip
+
 #: Name -> options of ``pybsp prune``.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "reconstruct": (),
@@ -30,14 +36,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "--recipe", "ramp", "--method", "magnitude", "--ramp", "one_shot", "--phases",
         "0,0,1", "--distill-hidden", "1", "--no-dropout", "--prune-lr", "2.5e-4",
     ),
-    "taylor": (
-        "--recipe", "ramp", "--method", "magnitude", "--saliency", "taylor",
-        "--distill-hidden", "1", "--no-dropout",
-    ),
-    "movement": (
-        "--recipe", "ramp", "--method", "magnitude", "--saliency", "movement",
-        "--distill-hidden", "1", "--no-dropout",
-    ),
+    "norms": _RAMP,
+    "taylor": (*_RAMP, "--saliency", "taylor"),
+    "movement": (*_RAMP, "--saliency", "movement"),
     "one-cut": ("--first-cuts", "none"),
     "labels-alone": ("--distill", "0", "--distill-hidden", "0"),
     "logits-alone": ("--distill-hidden", "0"),
@@ -56,12 +57,13 @@ ABLATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "structure": (("reconstruct",), ("8,1", "1,1", "1,in", "out,1")),
     "ranking": (("reconstruct", "per-layer", "balanced"), ("8,1", "1,in/8")),
     "penalty": (("reweighted", "fixed", "no-penalty"), ("8,1",)),
+    "saliency": (("norms", "taylor", "movement"), ("8,1",)),
     "cuts": (("reconstruct", "one-cut"), ("8,1",)),
     "error": (("reconstruct", "layer-error"), ("8,1",)),
     "rate": (("reconstruct", "high-rate"), ("8,1",)),
     "recipe": (
-        ("reconstruct", "layer-error", "norm-cut", "taylor", "logits-alone",
-         "labels-alone", "dropout", "reweighted", "paper"),
+        ("reconstruct", "layer-error", "norm-cut", "logits-alone", "labels-alone",
+         "dropout", "reweighted", "paper"),
         ("8,1",),
     ),
 }  # fmt: skip
