@@ -273,6 +273,46 @@ def test_hostile_fields_of_the_operator_are_refused() -> None:
         op(x, W.values[:-1], W.crow_indices, W.col_indices, None, "none", 24)
 
 
+def test_operands_that_the_operators_would_misread_are_refused() -> None:
+    """Exported graphs call them without the functions around them."""
+    W = matrix()
+    x, dy, bias = torch.randn(3, 18), torch.randn(3, 24), torch.randn(24)
+    fields, call = (W.crow_indices, W.col_indices), torch.ops.pybsp
+    linear, q = call.block_sparse_linear, W.quantize()
+    with pytest.raises(TypeError, match="x must be float32"):
+        linear(x.bfloat16(), W.values, *fields, None, "none", 24)
+    with pytest.raises(TypeError, match="bias must be float32"):
+        linear(x, W.values, *fields, bias.half(), "none", 24)
+    with pytest.raises(ValueError, match=r"bias has shape \(3,\)"):
+        linear(x, W.values, *fields, bias[:3], "none", 24)
+    int8 = (q.values, q.scales, q.crow_indices, q.col_indices)
+    with pytest.raises(TypeError, match="x must be float32"):
+        call.block_sparse_linear_int8(x.half(), *int8, None, "none", 0.0, 24)
+    with pytest.raises(ValueError, match="bias has shape"):
+        call.block_sparse_linear_int8(x, *int8, bias[:3], "none", 0.0, 24)
+    with pytest.raises(ValueError, match="input_scale must be"):
+        call.block_sparse_linear_int8(x, *int8, None, "none", float("nan"), 24)
+    with pytest.raises(TypeError, match="grad must be float32"):
+        call.block_sparse_grad_x(dy.half(), W.values, *fields, 18)
+    with pytest.raises(TypeError, match="x must be float32"):
+        call.block_sparse_grad_values(dy, x.half(), *fields, 4, 1)
+    with pytest.raises(ValueError, match="all but the last dimension"):
+        call.block_sparse_grad_values(dy, x[:1], *fields, 4, 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_an_exported_layer_computes_in_float32_under_autocast(dtype: str) -> None:
+    second = layer("relu")
+    second = second if dtype == "float32" else second.quantize(dtype=dtype)
+    module = torch.nn.Sequential(torch.nn.Linear(18, 18), second).eval()
+    x = torch.randn(400, 18)
+    exported = torch.export.export(module, (x,)).module()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        y = exported(x)
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(y, module(x))
+
+
 def test_a_matrix_that_is_not_on_the_cpu_is_refused() -> None:
     W = matrix()
     W.values = W.values.to("meta")

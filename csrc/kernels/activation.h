@@ -39,7 +39,7 @@ inline Vec exp(Vec a, float factor, float lowest) {
 
 // 2^(a + shift - kShift) under 2^22; zero under 2^-125.5. shift as for fraction(), and
 // a polynomial of degree 6 fitted to 2^r, |r| <= 1/2, with relative error 2e-9. NaN
-// stays NaN.
+// without a payload, as operations make it, stays NaN.
 inline Vec exp2(Vec a, Vec shift) {
   const Vec shifted = add(a, shift);
   const Vec r = fraction(a, shifted, shift);

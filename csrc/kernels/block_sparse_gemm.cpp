@@ -362,7 +362,10 @@ BlockSparseView Multiplication::widened(const Part& part, float* wide) const {
 // The products of 8 bits among all share what they quantise alike.
 void Multiplication::find_int8_inputs() {
   for (const Product* product = products_; product != products_ + count_; ++product) {
-    if (!product->int8 || int8_inputs(*product)) continue;
+    if (!product->int8) continue;
+    // Threads must not be the first to ask for it: memory can run out.
+    product->int8->view(isa_.int8->order);
+    if (int8_inputs(*product)) continue;
     const bool consecutive = product->int8->consecutive();
     const int64_t bytes =
         int8_tile_bytes(in_, isa_.lanes, isa_.max_vectors, consecutive);

@@ -1,15 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Gradients of the block-sparse product on activations with tokens in lanes; see
 // transposed_index.h and block_sparse_gemm.h for the layouts.
+#include "kernels/tile_rows.h"
 #include "kernels/variants_isa.h"
 #include "simd/simd.h"
 
 namespace pybsp::PYBSP_ISA {
 namespace {
-
-// Rows of accumulators, as in block_sparse_gemm_isa.cpp: 8 x 3 in 32 registers.
-template <int kVectors>
-constexpr int kTileRows = kRegisters >= 32 || kVectors == 1 ? 8 : 4;
 
 // dx[features[row]] += run `row` of weights times the rows of dy that all runs share.
 // The run is as long as kRun, or as r when that is 0.

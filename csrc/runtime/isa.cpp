@@ -68,7 +68,8 @@ bool cpu_supports(Isa isa) {
 #endif
 #ifdef PYBSP_HAVE_AMX
     case Isa::amx:
-      return cpu_supports(Isa::avx512) && may_use_amx();
+      return cpu_supports(Isa::avx512) && __builtin_cpu_supports("avx512vnni") &&
+             may_use_amx();
 #endif
 #ifdef PYBSP_HAVE_NEON
     case Isa::neon:

@@ -447,11 +447,11 @@ class BlockSparseLinear(nn.Module):
                 if self.is_rounded
                 else nn.Parameter(values, requires_grad=trained)
             )
+        # Always new ones: native patterns, of other layers too, use the old memory.
         for name, indices in zip(
             FIELDS[1:], (matrix.crow_indices, matrix.col_indices), strict=True
         ):
-            if self._buffers[name].shape != indices.shape:  # type: ignore[union-attr]
-                setattr(self, name, torch.empty_like(indices, device=old.device))
+            setattr(self, name, torch.empty_like(indices, device=old.device))
 
 
 def _state(

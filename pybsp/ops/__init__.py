@@ -17,6 +17,7 @@ except ImportError as error:
         "and import the installed package from another directory"
     ) from error
 
+from .arguments import check_activation
 from .encoder import Encoder
 from .encoder_spec import (
     AttentionSpec,
@@ -35,11 +36,7 @@ from .fields import (
     int32_indices,
 )
 from .int8 import check_input_scale
-from .linear import (
-    block_sparse_linear,
-    block_sparse_linear_fields,
-    check_activation,
-)
+from .linear import block_sparse_linear, block_sparse_linear_fields
 from .runtime import (
     active_isa,
     available_isas,

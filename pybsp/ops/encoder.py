@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .. import _core
+from .arguments import check_activation, check_cpu
 from .codes import CODES
 from .encoder_spec import (
     AttentionSpec,
@@ -19,7 +20,6 @@ from .encoder_spec import (
 )
 from .fields import bind_pattern
 from .int8 import check_input_scale
-from .linear import check_activation
 
 
 class Encoder:
@@ -213,8 +213,11 @@ class Encoder:
             check_input_scale(spec.input_scale)
             pattern, second = weight.pattern, spec.input_scale
         else:
-            pattern, second = weight.pattern, weight.values.data_ptr()
-            self._kept.append(weight.values)
+            # Detached, for the data of a parameter may be replaced.
+            values = weight.values.detach()
+            check_cpu(**{f"{name}, values": values})
+            pattern, second = weight.pattern, values.data_ptr()
+            self._kept.append(values)
         self._kept.append(pattern)
         bias = spec.bias
         return (

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import reference
+from .arguments import check_cpu, check_float32
 from .fields import bind_pattern, column_major_blocks
 
 
@@ -148,6 +149,8 @@ def _block_sparse_grad_x(
         return reference.block_sparse_grad_x(
             grad, crow_indices, col_indices, values, shape
         )
+    check_float32(grad=grad)
+    check_cpu(values=values)
     values = column_major_blocks(_plain_values(values))
     pattern = bind_pattern(crow_indices, col_indices, values, shape)
     return _grad_x(pattern, _plain(grad), values, in_features)
@@ -168,6 +171,12 @@ def _block_sparse_grad_values(
             grad, x, crow_indices, col_indices, (block_rows, block_cols)
         )
         return _new_values(grad, shape).copy_(blocks)
+    check_float32(grad=grad, x=x)
+    if grad.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"grad has shape {tuple(grad.shape)} and x {tuple(x.shape)}: all but the "
+            "last dimension must be equal"
+        )
     # bind_pattern takes the block shape from values.
     values = grad.new_empty(1).as_strided(shape, (0, 0, 0))
     pattern = bind_pattern(

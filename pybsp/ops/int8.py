@@ -15,6 +15,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import reference
+from .arguments import operands
 from .codes import CODES
 from .fields import bind_int8, column_major_blocks
 
@@ -94,16 +95,15 @@ def _block_sparse_linear_int8(
         return reference.block_sparse_linear_int8(
             x, crow_indices, col_indices, values, scales, shape, bias, name, input_scale
         )
-    # The caller's x may be a parameter or of a class of its own.
-    x = x.detach().as_subclass(torch.Tensor).resolve_neg()
-    bias = None if bias is None else bias.contiguous().resolve_neg()
+    x, bias = operands(x, bias, out_features)
+    check_input_scale(input_scale)
     pattern = _bound(crow_indices, col_indices, values, shape, scales)
     return multiply_int8(pattern, x, bias, CODES[name], None, input_scale, out_features)
 
 
 @_block_sparse_linear_int8.register_fake
 def _(x: torch.Tensor, *args: Any) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], args[-1]))
+    return x.new_empty((*x.shape[:-1], args[-1]), dtype=torch.float32)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001

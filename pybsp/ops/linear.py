@@ -8,6 +8,15 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import reference
+from .arguments import (
+    autocast,
+    check_activation,
+    check_cpu,
+    checked_bias,
+    checked_residual,
+    operands,
+    refuse_tangents,
+)
 from .codes import CODES
 from .fields import (
     bind_pattern,
@@ -29,15 +38,6 @@ _is_grad_enabled = torch.is_grad_enabled
 _is_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_transforming = torch._C._are_functorch_transforms_active
-
-
-def check_activation(activation: str | None) -> None:
-    """Refuse the name of an activation that the kernels do not have."""
-    if activation not in CODES:
-        raise ValueError(
-            f"activation must be one of {list(CODES)}; got {activation!r}; "
-            "apply other activations to the result"
-        )
 
 
 def block_sparse_linear(
@@ -246,81 +246,6 @@ def _check_features(x: Any, shape: tuple[int, int]) -> None:
         )
 
 
-def _autocast(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` as float32 where autocast is on: the kernels have no other type."""
-    if tensor.dtype is _float32 or tensor.is_meta:
-        return tensor
-    return tensor.float() if torch.is_autocast_enabled(tensor.device.type) else tensor
-
-
-def refuse_tangents(**tensors: torch.Tensor | None) -> None:
-    """The kernels have no forward-mode derivative; a tangent would be lost."""
-    if forward_ad._current_level < 0:
-        return
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
-            raise ValueError(
-                f"block_sparse_linear has no forward-mode derivative and {name} "
-                "carries a tangent; use reverse mode, or W.to_dense()"
-            )
-
-
-def _readable(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` with its elements in memory as they are; what is compiled sees to
-    negative views by itself."""
-    tensor = tensor.contiguous()
-    if _is_compiling() or not tensor.is_neg():
-        return tensor
-    return torch.resolve_neg(tensor)
-
-
-def checked_bias(bias: Any, out_features: int, device: Any = _cpu) -> torch.Tensor:
-    if not isinstance(bias, torch.Tensor):
-        raise TypeError(
-            f"bias must be of the kind of x, a torch tensor; got {type(bias).__name__}"
-        )
-    if bias.shape != (out_features,):
-        raise ValueError(
-            f"bias has shape {tuple(bias.shape)}; it must be (out,) = ({out_features},)"
-        )
-    bias = _autocast(bias)
-    if bias.dtype is not _float32:
-        raise TypeError(f"bias must be float32; got {bias.dtype}; call .float() first")
-    if bias.device != device:
-        raise ValueError(
-            f"bias is on {bias.device} and x on {device}; move one of them"
-        )
-    return _readable(bias)
-
-
-def checked_residual(
-    residual: Any, shape: tuple[int, ...], device: Any = _cpu
-) -> torch.Tensor:
-    """``residual`` as the contiguous float32 tensor that the kernel adds."""
-    if not isinstance(residual, torch.Tensor):
-        raise TypeError(
-            "residual must be of the kind of x, a torch tensor; got "
-            f"{type(residual).__name__}"
-        )
-    if residual.shape != shape:
-        raise ValueError(
-            f"residual has shape {tuple(residual.shape)}; it must be that of the "
-            f"result, {tuple(shape)}"
-        )
-    residual = _autocast(residual)
-    if residual.dtype is not _float32:
-        raise TypeError(
-            f"residual must be float32; got {residual.dtype}; call .float() first"
-        )
-    if residual.device != device:
-        raise ValueError(
-            f"residual is on {residual.device} and x on {device}; move one of them"
-        )
-    return _readable(residual)
-
-
 def _block_sparse_linear_numpy(
     x: Any,
     W: Any,
@@ -407,7 +332,7 @@ def block_sparse_linear_fields(
         raise TypeError(f"x must be a torch tensor; got {type(x).__name__}")
     refuse_tangents(x=x, values=values, bias=bias)
     check_activation(activation)
-    x = _autocast(x)
+    x = autocast(x)
     if x.dtype != torch.float32:
         raise TypeError(f"x must be float32; got {x.dtype}; call .float() first")
     if scales is not None and values.dtype != torch.int8:
@@ -455,9 +380,8 @@ def _block_sparse_linear(
         return reference.block_sparse_linear(
             x, crow_indices, col_indices, values, shape, bias, name
         )
-    # The caller's x may be a parameter or of a class of its own.
-    x = x.detach().as_subclass(torch.Tensor).resolve_neg()
-    bias = None if bias is None else bias.contiguous().resolve_neg()
+    x, bias = operands(x, bias, out_features)
+    check_cpu(values=values)
     values = column_major_blocks(values)
     pattern = bind_pattern(crow_indices, col_indices, values, shape)
     return _multiply(pattern, x, values, bias, CODES[name], out_features)
@@ -465,7 +389,7 @@ def _block_sparse_linear(
 
 @_block_sparse_linear.register_fake
 def _(x: torch.Tensor, *args: Any) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], args[-1]))
+    return x.new_empty((*x.shape[:-1], args[-1]), dtype=torch.float32)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001

@@ -15,14 +15,14 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import _core
-from .codes import CODES
-from .linear import (
-    block_sparse_linear,
+from .arguments import (
     check_activation,
     checked_bias,
     checked_residual,
     refuse_tangents,
 )
+from .codes import CODES
+from .linear import block_sparse_linear
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,7 @@ def test_compile_and_export_see_one_operator() -> None:
     W, _ = both((24, 18), (8, 1), 0.5)
     layer = pybsp.nn.BlockSparseLinear(W, torch.randn(24), "relu")
     x = torch.randn(5, 18)
+    torch._dynamo.reset()
     with torch.no_grad():
         expected = layer(x)
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

@@ -165,6 +165,25 @@ def test_a_feed_forward_part_that_exceeds_l2(kind, isa):
         assert same_bits(encoder(**given), expected), (isa, count)
 
 
+def test_keeps_the_memory_of_what_it_was_made_of():
+    one = spec(layers=1)
+    values = one.layers[0].attention.output.weight.values
+    encoder, given = ops.Encoder(one), inputs(one, 2, 9)
+    expected, address = encoder(**given), values.data_ptr()
+    values.data = torch.full_like(values, torch.nan)
+    tensors = [kept for kept in encoder._kept if isinstance(kept, torch.Tensor)]
+    assert address in {tensor.data_ptr() for tensor in tensors}
+    assert same_bits(encoder(**given), expected)
+
+
+def test_values_elsewhere_are_refused():
+    one = spec(layers=1)
+    matrix = one.layers[0].attention.output.weight
+    matrix.values = matrix.values.to("meta")
+    with pytest.raises(ValueError, match=r"values is on meta.*move one of them"):
+        ops.Encoder(one)
+
+
 def test_a_sequence_has_the_same_bits_in_any_company_on_any_threads(isa):
     one = ops.Encoder(spec(bias=True, window=20))
     lengths = torch.randint(1, 60, (23,))

@@ -147,6 +147,25 @@ def test_another_pattern_is_loaded(native):
         torch.testing.assert_close(native(**arguments)[0], other(**arguments)[0])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_as_many_other_blocks_are_loaded(dtype):
+    """Schedules of (1, n) blocks are made of the indices."""
+    one, other = build("bert"), build("bert", seed=5)
+    for model in (one, other):
+        torch.manual_seed(7 if model is one else 8)
+        for layer in model.encoder.layer:
+            for linear in (layer.intermediate.dense, layer.output.dense):
+                nn.init.normal_(linear.weight, std=0.1)
+                blocks = linear.weight.detach().view(linear.out_features, -1, 16)
+                kept = torch.rand(blocks.shape[:2])
+                kept = kept <= kept.flatten().kthvalue(kept.numel() // 2).values
+                blocks *= kept[..., None]
+    pack_(one, block_shape=(1, 16), min_gain=0, dtype=dtype)
+    assert_native(one)
+    one.load_state_dict(other.state_dict())
+    assert_native(one)
+
+
 def test_assigned_state(native):
     native.load_state_dict(build("bert", seed=5).state_dict(), assign=True)
     assert_native(native)

@@ -211,6 +211,18 @@ def test_state_dict_with_another_pattern_and_block_shape(assign):
         assert_close(layer(x), x, source.weight, source.bias)
 
 
+def test_another_pattern_leaves_layers_with_the_same_indices_alone():
+    layer = BlockSparseLinear.from_linear(pruned_linear(), (8, 1))
+    weight = layer.weight.detach()
+    others = [layer.quantize(), layer.quantize(dtype="bfloat16"), layer.matrix]
+    before = [other.to_dense() for other in (others[0].matrix, others[1].matrix)]
+    layer.load_state_dict({"weight": weight.roll(1, 1), "bias": layer.bias.detach()})
+    assert torch.equal(layer.weight, weight.roll(1, 1))
+    after = [other.to_dense() for other in (others[0].matrix, others[1].matrix)]
+    assert all(map(torch.equal, before, after))
+    assert torch.equal(others[2].col_indices, others[0].weight_col_indices)
+
+
 def test_loads_a_dense_state():
     linear = pruned_linear(density=0.7)
     layer = BlockSparseLinear.from_linear(pruned_linear(density=0.2), (8, 1))
