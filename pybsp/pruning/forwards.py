@@ -181,6 +181,36 @@ def _watched(
         yield
 
 
+def output_tensors(result: Any) -> dict[str, torch.Tensor]:
+    """Tensors of floating point that a model returned, by name or number; a loss does
+    not count."""
+    if isinstance(result, torch.Tensor):
+        result = (result,)
+    if isinstance(result, Mapping):
+        named = dict(result)
+    else:
+        named = dict(enumerate(result if isinstance(result, (tuple, list)) else ()))
+    return {
+        str(name): value
+        for name, value in named.items()
+        if isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and value.dim() > 0  # a loss
+    }
+
+
+def named_logits(result: Any) -> dict[str, torch.Tensor]:
+    """The outputs whose names end in ``logits``: ``start_logits`` too."""
+    found = output_tensors(result)
+    return {name: z for name, z in found.items() if name.endswith("logits")}
+
+
+def main_outputs(result: Any) -> list[torch.Tensor]:
+    """The logits, or else the first tensor of floating point, or else nothing."""
+    logits = list(named_logits(result).values())
+    return logits or list(output_tensors(result).values())[:1]
+
+
 def call_model(model: nn.Module, batch: Any) -> Any:
     """The model's outputs for keyword arguments, several arguments or only one."""
     if isinstance(batch, Mapping):

@@ -18,14 +18,20 @@ of one for each of its entries.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from .forwards import attention_mask, call_model, outside_inference_mode, unpadded
+from .forwards import (
+    attention_mask,
+    call_model,
+    main_outputs,
+    outside_inference_mode,
+    unpadded,
+)
 
 #: Random directions of the outputs in each batch.
 PROBES = 2
@@ -110,27 +116,14 @@ def _watched(
 
 def _outputs(result: Any) -> list[torch.Tensor]:
     """The tensors of a model's result that count as its outputs."""
-    if isinstance(result, torch.Tensor):
-        result = (result,)
-    if isinstance(result, Mapping):
-        named = dict(result)
-    else:
-        named = dict(enumerate(result if isinstance(result, (tuple, list)) else ()))
-    found = {
-        str(name): value
-        for name, value in named.items()
-        if isinstance(value, torch.Tensor)
-        and value.is_floating_point()
-        and value.dim() > 0  # a loss
-    }
-    logits = [value for name, value in found.items() if name.endswith("logits")]
+    found = main_outputs(result)
     if not found:
         raise ValueError(
             "the model returns no tensor of floating point, nor a tuple or dict with "
             "one, so what a block matters to its outputs is not known; pass "
             "error='layer'"
         )
-    return logits or list(found.values())[:1]
+    return found
 
 
 def _probed(z: torch.Tensor, batch: Any, generator: torch.Generator) -> torch.Tensor:

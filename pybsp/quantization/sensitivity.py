@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..pruning.forwards import main_outputs
 from .activations import DYNAMIC
 from .calibration import run
 from .linear import fake_quantize_, restore_
@@ -21,13 +22,14 @@ def sensitivity(
 ) -> dict[str, float]:
     """Relative error of the model's output with one layer in int8, by its name.
 
-    ``||y_int8 - y|| / ||y||`` over all ``batches``, where ``y`` is the first tensor of
-    the output; largest first. One pass over the batches for every layer. A batch is
-    what ``calibrate`` takes; ``input_scales`` are what it returns, else dynamic.
+    ``||y_int8 - y|| / ||y||`` over all ``batches``, where ``y`` are the logits, or else
+    the first tensor of the output that is no loss; largest first. One pass over the
+    batches for every layer. A batch is what ``calibrate`` takes; ``input_scales`` are
+    what it returns, else dynamic.
 
     Raises:
         ValueError: for a name that is not that of an ``nn.Linear`` with float32
-            weights, no batch at all, or an output that is zero.
+            weights, no batch at all, or an output that is zero or nothing but a loss.
     """
     batches = list(batches)
     linears = {name: _linear(model, name) for name in modules}
@@ -60,5 +62,10 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 
 
 def _outputs(model: nn.Module, batches: list[Any]) -> torch.Tensor:
-    first = [out if torch.is_tensor(out) else out[0] for out in run(model, batches)]
-    return torch.cat([out.double().flatten() for out in first])
+    found = [main_outputs(result) for result in run(model, batches)]
+    if not all(found):
+        raise ValueError(
+            "the model returns no tensor of floating point to compare (a loss does not "
+            "count); give it a forward that returns its outputs"
+        )
+    return torch.cat([y.double().flatten() for outputs in found for y in outputs])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from pybsp.quantization import sensitivity
@@ -34,6 +36,34 @@ def test_one_layer_at_a_time():
         assert math.isclose(error, expected, rel_tol=1e-3)
     static = sensitivity(net, batches, ["0"], {"0": 1.0})
     assert static["0"] > errors["0"]
+
+
+class Classifier(nn.Module):
+    """Returns its loss first when it has labels, as those of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = model()
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        logits = self.layers(x)
+        output = {} if labels is None else {"loss": F.cross_entropy(logits, labels)}
+        return {**output, "hidden": self.layers[0](x), "logits": logits}
+
+
+def test_the_logits_count_and_a_loss_does_not():
+    net, x = Classifier(), torch.randn(5, 12)
+    labels = torch.tensor([0, 1, 2, 1, 0])
+    expected = sensitivity(model(), [x], ["0", "2"])
+    for batches in ([{"x": x}], [{"x": x, "labels": labels}]):
+        found = sensitivity(net, batches, ["layers.0", "layers.2"])
+        assert found == {f"layers.{name}": error for name, error in expected.items()}
+    tuples = nn.Sequential(model())
+    tuples.register_forward_hook(lambda _m, _x, y: (y.sum(), y))
+    assert sensitivity(tuples, [x], ["0.0"]) == {"0.0": expected["0"]}
+    tuples.register_forward_hook(lambda _m, _x, y: y[0])
+    with pytest.raises(ValueError, match="a loss does not count"):
+        sensitivity(tuples, [x], ["0.0"])
 
 
 def test_errors_restore_the_layer():
