@@ -8,13 +8,16 @@ and a temperature ``T``, the loss of a batch becomes::
     L_logits = T^2 KL(softmax(t / T) || softmax(s / T))          Hinton et al. 2015
     L_hidden = mean over layers of  |H_s - H_t|^2 / |H_t|^2      FitNets, TinyBERT
 
-and ``(s - t)^2`` is ``L_logits`` for a regression. Logits and hidden states ``H`` of
-padding do not count. The model itself returns this loss, by hooks on its forward, so
-that whatever loop trains it distils.
+``L_logits`` is a mean over the outputs whose names end in ``logits``. Of a classifier
+with ``config.problem_type`` "regression", or one output, it is ``(s - t)^2``; with
+"multi_label_classification" each label is a choice of its own, between ``s`` and 0.
+Logits and hidden states ``H`` of padding do not count. The model itself returns this
+loss, by hooks on its forward, so that whatever loop trains it distils.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
@@ -24,11 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..pruning.forwards import named_logits
 from ..pruning.targets import unwrap_model
-from .teacher_cache import TeacherCache, TeacherOutputs
+from .teacher_cache import OVER_TOKENS, TeacherCache, TeacherOutputs
 
 #: Inputs that are for the loss; a teacher gets all others.
 _FOR_THE_LOSS = ("labels", "num_items_in_batch")
+
+#: Far below any logit, and finite at any temperature of use: no token has a share.
+_NO_TOKEN = -1e30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +44,7 @@ class DistillationConfig:
 
     Args:
         logits: weight ``w`` of the teacher's logits, from 0 to 1; the labels have the
-            rest. 1 needs no labels.
+            rest. 1 needs no labels, 0 no logits.
         hidden_states: weight ``h`` of the outputs of all layers; 0 leaves them out,
             for a teacher of another depth or width.
         temperature: ``T``.
@@ -158,7 +165,12 @@ class Distiller:
                 f"{type(output).__name__}: leave return_dict on"
             )
         wanted = self._teacher_outputs(args, kwargs)
-        output["loss"] = self._loss(output, wanted, kwargs.get("attention_mask"))
+        if args:  # names as those of the keywords
+            named = inspect.signature(student.forward).bind_partial(*args).arguments
+            kwargs = {**named, **kwargs}
+        mask = kwargs.get("attention_mask")
+        problem = getattr(getattr(student, "config", None), "problem_type", None)
+        output["loss"] = self._loss(output, wanted, mask, problem)
         return output
 
     def _teacher_outputs(
@@ -170,43 +182,85 @@ class Distiller:
         if found is None:
             with torch.no_grad():
                 output = self.teacher(*args, **inputs)
-            found = TeacherOutputs(
-                output.get("logits"), output.get("hidden_states") or ()
-            )
+            hidden = output.get("hidden_states") or ()
+            found = TeacherOutputs(named_logits(output), hidden)
             self.cache.keep(keys, inputs, found)
         return found
 
     def _loss(
-        self, output: Mapping[str, Any], wanted: TeacherOutputs, mask: Any
+        self,
+        output: Mapping[str, Any],
+        wanted: TeacherOutputs,
+        mask: Any,
+        problem: str | None,
     ) -> torch.Tensor:
         loss: Any = output.get("loss")
-        logits = output.get("logits")
+        ours = named_logits(output)
+        names = [name for name in ours if name in wanted.logits]
+        if self.cfg.logits and not names:
+            raise ValueError(
+                f"no logits to distil: the student returns {', '.join(output)}, and of "
+                f"logits the teacher {', '.join(wanted.logits) or 'none'}; set "
+                "logits=0 to distil the hidden states alone"
+            )
         weight = self.cfg.logits if loss is not None else 1.0
-        if logits is None or wanted.logits is None:
+        if not names:
             weight = 0.0
         total: Any = 0.0 if loss is None else (1.0 - weight) * loss
-        if weight and logits is not None and wanted.logits is not None:
-            total = total + weight * logits_loss(
-                *_tokens(logits, wanted.logits, mask), self.cfg.temperature
-            )
+        if weight:
+            parts = [
+                self._logits(name, ours[name], wanted.logits[name], mask, problem)
+                for name in names
+            ]
+            total = total + weight * torch.stack(parts).mean()
         if self.cfg.hidden_states:
-            ours = output.get("hidden_states") or ()
-            hidden = hidden_states_loss(ours, wanted.hidden_states, mask)
+            states = output.get("hidden_states") or ()
+            hidden = hidden_states_loss(states, wanted.hidden_states, mask)
             total = total + self.cfg.hidden_states * hidden
         return total  # type: ignore[no-any-return]
 
+    def _logits(
+        self,
+        name: str,
+        ours: torch.Tensor,
+        theirs: torch.Tensor,
+        mask: Any,
+        problem: str | None,
+    ) -> torch.Tensor:
+        if name != "logits" or ours.dim() != 2:
+            problem = None  # saved with a classifier, and not read by other heads
+        of_tokens = name in OVER_TOKENS and mask is not None
+        if of_tokens and mask.shape == ours.shape == theirs.shape:
+            padding = ~mask.bool()
+            ours, theirs = (
+                z.float().masked_fill(padding.to(z.device), _NO_TOKEN)
+                for z in (ours, theirs)
+            )
+        pair = _tokens(ours, theirs, mask)
+        return logits_loss(*pair, self.cfg.temperature, problem)
+
 
 def logits_loss(
-    student: torch.Tensor, teacher: torch.Tensor, temperature: float
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    temperature: float,
+    problem: str | None = None,
 ) -> torch.Tensor:
-    """``L_logits`` of logits ``(n, outputs)``: the mean over ``n``."""
+    """``L_logits`` of logits ``(n, outputs)``: the mean over ``n``, and over labels and
+    numbers where ``problem``, as in ``config.problem_type``, says that they are such.
+    """
     if student.shape != teacher.shape:
         raise ValueError(
             f"the teacher's logits have shape {tuple(teacher.shape)}, the student's "
             f"{tuple(student.shape)}; give a teacher of the same task"
         )
     student, teacher = student.float(), teacher.float()
-    if student.shape[1] == 1:
+    if problem == "multi_label_classification":
+        student, teacher = (
+            torch.stack([z.flatten(), torch.zeros_like(z.flatten())], dim=1)
+            for z in (student, teacher)
+        )
+    elif problem == "regression" or student.shape[1] == 1:
         return F.mse_loss(student, teacher)
     return temperature**2 * F.kl_div(
         F.log_softmax(student / temperature, dim=1),
@@ -244,6 +298,8 @@ def _tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Both as ``(n, features)``, without padding where they have a token axis."""
     theirs = theirs.to(ours.device)
+    if ours.dim() == 1:  # a number for each example
+        return ours[:, None], theirs.flatten()[:, None]
     if mask is not None and ours.dim() == 3 and mask.shape == ours.shape[:2]:
         kept = mask.bool()
         if ours.shape == theirs.shape:

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
+#: Logits with one for each token, and a softmax over the tokens.
+OVER_TOKENS = ("start_logits", "end_logits")
+
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """Logits, if there are any, and the hidden states that were asked for."""
+    """Logits by name, and the hidden states that were asked for."""
 
-    logits: torch.Tensor | None
+    logits: dict[str, torch.Tensor]
     hidden_states: tuple[torch.Tensor, ...]
 
 
@@ -22,12 +25,14 @@ class _Example:
     """One example: its logits, and its hidden states ``(layers, tokens, features)``
     without padding."""
 
-    logits: torch.Tensor | None
+    logits: dict[str, torch.Tensor]
     hidden: torch.Tensor | None
 
     @property
     def bytes(self) -> int:
-        held = [t for t in (self.logits, self.hidden) if t is not None]
+        held = list(self.logits.values())
+        if self.hidden is not None:
+            held.append(self.hidden)
         return sum(t.numel() * t.element_size() for t in held)
 
 
@@ -73,9 +78,11 @@ class TeacherCache:
             return None
         examples = [self._examples[key] for key in keys]
         mask = inputs["attention_mask"].bool()
-        logits, hidden = None, ()
-        if examples[0].logits is not None:
-            logits = torch.stack([e.logits for e in examples]).to(mask.device)  # type: ignore[misc]
+        hidden = ()
+        logits = {
+            name: torch.stack([e.logits[name] for e in examples]).to(mask.device)
+            for name in examples[0].logits
+        }
         if examples[0].hidden is not None:
             tokens = torch.cat([e.hidden for e in examples], dim=1).to(mask.device)  # type: ignore[misc]
             layers, _, features = tokens.shape
@@ -89,17 +96,17 @@ class TeacherCache:
     ) -> None:
         """Remember the outputs of the examples that fit."""
         stacked = None
-        if outputs.logits is not None and outputs.logits.dim() != 2:
-            return  # one for each token: of another shape in every batch
+        for name, logits in outputs.logits.items():
+            if logits.dim() != 2 or name in OVER_TOKENS:
+                return  # one for each token: of another shape in every batch
         if keys and outputs.hidden_states and self.used < self.limit:
             stacked = torch.stack(outputs.hidden_states).half().cpu()
         mask = inputs["attention_mask"].bool().cpu() if keys else None
         for row, key in enumerate(keys):
             if key in self._examples or mask is None:
                 continue
-            logits = outputs.logits
             example = _Example(
-                None if logits is None else logits[row].float().cpu(),
+                {name: z[row].float().cpu() for name, z in outputs.logits.items()},
                 None if stacked is None else stacked[:, row, mask[row]].clone(),
             )
             if self.used + example.bytes > self.limit or (

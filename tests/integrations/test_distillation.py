@@ -103,7 +103,7 @@ def test_models_without_logits_and_with_logits_for_each_token() -> None:
     config = tiny_bert().config
     encoder = BertModel(config).train()
     inputs = batch(labels=False)
-    with Distiller(encoder, moved(encoder)):
+    with Distiller(encoder, moved(encoder), DistillationConfig(logits=0.0)):
         assert encoder(**inputs).loss > 0
     tagger = BertForTokenClassification(config).train()
     teacher = moved(tagger)

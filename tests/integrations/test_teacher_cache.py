@@ -49,7 +49,9 @@ def test_the_cache_gives_what_the_teacher_gave() -> None:
 
 def test_the_cache_keeps_its_limit_and_leaves_out_what_it_cannot_know() -> None:
     inputs = batch(labels=False)
-    outputs = TeacherOutputs(torch.zeros(4, 2), (torch.zeros(4, 8, 32),) * 3)
+    outputs = TeacherOutputs(
+        {"logits": torch.zeros(4, 2)}, (torch.zeros(4, 8, 32),) * 3
+    )
     largest = 2 * 4 + 3 * 8 * 32 * 2
     cache = TeacherCache(largest + 10)
     keys = cache.keys(inputs)
@@ -60,7 +62,7 @@ def test_the_cache_keeps_its_limit_and_leaves_out_what_it_cannot_know() -> None:
     assert TeacherCache(0).keys(inputs) == []
     assert cache.keys({**inputs, "inputs_embeds": torch.zeros(4, 8, 32)}) == []
     assert cache.keys({"input_ids": inputs["input_ids"]}) == []
-    per_token = TeacherOutputs(torch.zeros(4, 8, 2), ())
+    per_token = TeacherOutputs({"logits": torch.zeros(4, 8, 2)}, ())
     fresh = TeacherCache(1 << 20)
     fresh.keep(fresh.keys(inputs), inputs, per_token)
     assert len(fresh) == 0
