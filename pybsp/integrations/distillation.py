@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import weakref
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,9 @@ _FOR_THE_LOSS = ("labels", "num_items_in_batch")
 
 #: Far below any logit, and finite at any temperature of use: no token has a share.
 _NO_TOKEN = -1e30
+
+#: The Distiller of each student.
+_active: weakref.WeakKeyDictionary[nn.Module, Distiller] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +91,9 @@ class DistillationConfig:
 class Distiller:
     """Adds the teacher to the loss that ``student`` returns in training mode.
 
-    ``remove()``, or leaving ``with``, ends it. The teacher is put into evaluation mode
-    and never trained. Batches without labels learn from it alone. A deep copy of the
-    student returns its own loss.
+    ``remove()``, leaving ``with`` or another teacher for the same student ends it. The
+    teacher is put into evaluation mode and never trained. Batches without labels learn
+    from it alone. A deep copy of the student returns its own loss.
 
     The teacher's share is a mean over the batch. Under gradient accumulation it is
     scaled by whatever scales the loss: transformers 5.23 sums the parts of a classifier
@@ -119,6 +123,9 @@ class Distiller:
         self.cfg = cfg or DistillationConfig()
         self.teacher = teacher.eval()
         self.cache = TeacherCache(int(self.cfg.cache_bytes))
+        if student in _active:  # left by a training that was interrupted
+            _active[student].remove()
+        _active[student] = self
         self._handles = [
             student.register_forward_pre_hook(self._before, with_kwargs=True),
             student.register_forward_hook(self._after, with_kwargs=True),
@@ -129,6 +136,9 @@ class Distiller:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        for student, distiller in list(_active.items()):
+            if distiller is self:
+                del _active[student]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Distiller:
         """One that adds nothing: the hooks in a copy of the student lead to it."""

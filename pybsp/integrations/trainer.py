@@ -52,9 +52,13 @@ class BlockPruningCallback(TrainerCallback):
             resumes from a place that it does not tell.
 
     Raises:
-        ValueError: for a teacher; and when training begins, for what ``BlockPruner``
-            refuses, DeepSpeed, FSDP, a second callback, or a resume without the
-            pruner's state.
+        TypeError: for a ``cfg`` that is not a ``BlockPruningConfig``.
+        ValueError: for ``distillation`` without a teacher; and when training begins,
+            for what ``BlockPruner`` and ``Distiller`` refuse, a teacher beside a loss
+            of the Trainer's own, ``packed_retraining`` beside ``torch_compile``,
+            DeepSpeed, FSDP, a second callback, a learning-rate schedule that cannot
+            restart, or a resume without the pruner's state. The model is as it was
+            then.
     """
 
     def __init__(
@@ -103,22 +107,25 @@ class BlockPruningCallback(TrainerCallback):
                 "packed_retraining exchanges layers while the model trains, which "
                 "torch_compile does not expect; turn one of them off"
             )
-        if self.pruner is not None:  # an earlier train() that did not come to its end
-            self.pruner.detach()
         trainer = calling_trainer()
         self._check_loss(args, trainer)
+        self.detach()  # from an earlier train() that did not come to its end
         pruner = BlockPruner(kwargs["model"], self.cfg, total_steps=state.max_steps)
         if state.global_step > 0:
             path = self._state_path(args, state, trainer)
             pruner.load_state_dict(load_state(path))
-        self.pruner = pruner.attach(kwargs["optimizer"])
-        if self.teacher is not None:
-            self._stop_distilling()
-            teacher = self.teacher.to(args.device)
-            self._distiller = Distiller(kwargs["model"], teacher, self.distillation)
-        if self.restart_learning_rate:
-            scheduler = kwargs["lr_scheduler"]
-            self._restore_schedule = _play_twice(scheduler, pruner.schedule)
+        self.pruner = pruner
+        try:
+            if self.teacher is not None:
+                teacher = self.teacher.to(args.device)
+                self._distiller = Distiller(kwargs["model"], teacher, self.distillation)
+            if self.restart_learning_rate:
+                scheduler = kwargs["lr_scheduler"]
+                self._restore_schedule = _play_twice(scheduler, pruner.schedule)
+            pruner.attach(kwargs["optimizer"])  # last: it may cut
+        except BaseException:
+            self.detach()
+            raise
         if trainer is not None:
             # Reporters come before user callbacks, so keys added in on_log would not
             # reach them from there.
@@ -176,13 +183,10 @@ class BlockPruningCallback(TrainerCallback):
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
         """Check the target and record the block shapes on the model."""
-        if self._restore_schedule is not None:
-            self._restore_schedule()
-            self._restore_schedule = None
-        self._stop_distilling()
-        if self.pruner is None:
-            return
         pruner, self.pruner = self.pruner, None
+        self.detach()
+        if pruner is None:
+            return
         if not pruner.at_target:
             if state.global_step < state.max_steps:
                 pruner.detach()
@@ -197,10 +201,21 @@ class BlockPruningCallback(TrainerCallback):
             pruner.cut()
         pruner.finalize()
 
-    def _stop_distilling(self) -> None:
+    def detach(self) -> None:
+        """End what a ``train()`` that was interrupted left; a second call does nothing.
+
+        The model returns its own loss and packed layers are dense. What was cut is zero
+        and is not kept so: ``preserve_sparsity`` does that.
+        """
+        if self._restore_schedule is not None:
+            self._restore_schedule()
+            self._restore_schedule = None
         if self._distiller is not None:
             self._distiller.remove()
             self._distiller = None
+        if self.pruner is not None:
+            self.pruner.detach()
+            self.pruner = None
 
     def _check_loss(self, args: TrainingArguments, trainer: Trainer | None) -> None:
         """``ValueError`` when the Trainer would not use the loss the model returns."""

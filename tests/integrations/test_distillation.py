@@ -11,9 +11,25 @@ import torch
 import torch.nn.functional as F
 from integrations.test_trainer import CFG, make_trainer, tiny_bert
 from torch import nn
-from transformers import BertConfig, BertForTokenClassification, BertModel
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    BertModel,
+    TrainerCallback,
+)
 
-from pybsp import BlockPruningCallback, DistillationConfig, Distiller
+from pybsp import (
+    BlockPruningCallback,
+    BlockPruningConfig,
+    DistillationConfig,
+    Distiller,
+)
+from pybsp.pruning.pruner import pruner_of
+
+#: Cuts and packs when training begins.
+AT_ONCE = BlockPruningConfig(
+    target_sparsity=0.75, method="magnitude", phases=(0, 0, 1), packed_retraining=True
+)
 
 
 def batch(labels: bool = True) -> dict[str, torch.Tensor]:
@@ -211,3 +227,92 @@ def test_a_copy_of_the_student_returns_its_own_loss() -> None:
     for hook in [*copied._forward_hooks.values(), *copied._forward_pre_hooks.values()]:
         held = hook.__self__.teacher  # type: ignore[attr-defined]
         assert not list(held.parameters())
+
+
+def test_a_new_teacher_takes_the_place_of_the_old_one() -> None:
+    student, inputs = tiny_bert().train(), batch()
+    own = student(**inputs).loss
+    first, second = moved(student), moved(moved(student))
+    with Distiller(student, second):
+        expected = student(**inputs).loss
+    old = Distiller(student, first)
+    with Distiller(student, second):
+        torch.testing.assert_close(student(**inputs).loss, expected)
+        old.remove()
+        torch.testing.assert_close(student(**inputs).loss, expected)
+    torch.testing.assert_close(student(**inputs).loss, own, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mistake", ["teacher", "schedule", "optimizer"])
+def test_what_is_refused_leaves_the_model_as_it_was(
+    tmp_path: Path, mistake: str
+) -> None:
+    model = tiny_bert()
+    query = model.bert.encoder.layer[0].attention.self.query
+    teacher, changes = moved(model), {}
+    if mistake == "teacher":
+        teacher, message = model, "shares parameters"
+    elif mistake == "schedule":
+        message = "function of the step"
+        changes = {"lr_scheduler_type": "reduce_lr_on_plateau"}
+        changes.update({"eval_strategy": "steps", "eval_steps": 10})
+    else:
+        message, changes = "Adafactor", {"optim": "adafactor"}
+    before = copy.deepcopy(model.state_dict())
+    callback = BlockPruningCallback(AT_ONCE, teacher, restart_learning_rate=True)
+    trainer = make_trainer(tmp_path, callback, model=model, **changes)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert model.bert.encoder.layer[0].attention.self.query is query
+    assert not model._forward_hooks
+    assert not plays_twice(trainer.lr_scheduler)
+    assert pruner_of(trainer.optimizer) is None
+    assert callback.pruner is None
+
+
+def plays_twice(scheduler: Any) -> bool:
+    factors = getattr(scheduler, "lr_lambdas", [])
+    return any("_play_twice" in getattr(f, "__qualname__", "") for f in factors)
+
+
+class Interrupt(TrainerCallback):
+    """Stands for Ctrl-C."""
+
+    def on_step_end(self, args, state, control, **kwargs):  # noqa: ARG002
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def interrupted(
+    folder: Path, model: nn.Module, cfg: BlockPruningConfig = AT_ONCE
+) -> tuple[Any, BlockPruningCallback]:
+    callback = BlockPruningCallback(cfg, moved(model), restart_learning_rate=True)
+    trainer = make_trainer(folder, callback, Interrupt(), model=model)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    return trainer, callback
+
+
+def test_detach_ends_what_an_interrupted_training_left(tmp_path: Path) -> None:
+    model = tiny_bert()
+    trainer, callback = interrupted(tmp_path, model)
+    assert plays_twice(trainer.lr_scheduler)
+    callback.detach()
+    assert not plays_twice(trainer.lr_scheduler)
+    assert not model._forward_hooks
+    assert type(model.bert.encoder.layer[0].attention.self.query) is nn.Linear
+    assert pruner_of(trainer.optimizer) is None
+    torch.testing.assert_close(
+        model.train()(**batch()).loss,
+        F.cross_entropy(model(**batch()).logits, batch()["labels"]),
+    )
+    callback.detach()
+
+
+def test_training_goes_on_with_another_callback_and_one_teacher(tmp_path: Path) -> None:
+    model = tiny_bert()
+    interrupted(tmp_path, model, CFG)
+    make_trainer(tmp_path, BlockPruningCallback(CFG, moved(model)), model=model).train()
+    assert not model._forward_hooks
