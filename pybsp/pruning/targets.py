@@ -92,11 +92,12 @@ def select_targets(model: nn.Module, cfg: BlockPruningConfig) -> list[Target]:
     """The weights that ``cfg`` prunes in ``model``, in the model's order.
 
     Raises:
-        ValueError: when nothing matches, a block shape does not divide a weight, an
-            override matches nothing, a named weight is tied to something that is not a
-            linear layer, or a weight is sharded, of another type than float32 and
-            bfloat16, or not finite.
+        ValueError: when nothing matches, a layer that matches is packed, a block shape
+            does not divide a weight, an override matches nothing, a named weight is
+            tied to something that is not a linear layer, or a weight is sharded, of
+            another type than float32 and bfloat16, or not finite.
     """
+    check_not_packed(model, cfg)
     linears = linear_modules(model)
     tied = _weights_outside_linears(model)
     matched: dict[str, nn.Linear] = {}
@@ -262,14 +263,17 @@ def _check_overrides_match(
             )
 
 
-def check_not_packed(model: nn.Module) -> None:
-    """``ValueError`` for a model whose pruned layers are packed already."""
-    if any("weight_crow_indices" in module._buffers for module in model.modules()):
-        raise ValueError(
-            "the model's pruned layers are packed: only their kept blocks exist and "
-            "train; call model.dequantize() or pybsp.nn.unpack_(model) first to work "
-            "on dense weights"
-        )
+def check_not_packed(model: nn.Module, cfg: BlockPruningConfig | None = None) -> None:
+    """``ValueError`` for a model with packed layers, of those that ``cfg`` selects."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if "weight_crow_indices" not in module._buffers:
+            continue
+        if cfg is None or _is_selected(name, cfg):
+            raise ValueError(
+                f"'{name}' is packed: only its kept blocks exist and train; call "
+                "model.dequantize() or pybsp.nn.unpack_(model) first to work on dense "
+                "weights"
+            )
 
 
 def _nothing_matched(linears: Mapping[str, nn.Linear], cfg: BlockPruningConfig) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pybsp import BlockPruningConfig
+from pybsp.nn import BlockSparseLinear
 from pybsp.pruning.targets import select_targets, unwrap_model
 
 
@@ -197,6 +198,20 @@ def test_sharded_weights_are_refused() -> None:
     model["layer"][0]["key"].weight = nn.Parameter(torch.zeros(0))
     with pytest.raises(ValueError, match="sharded or flattened"):
         names(model)
+
+
+@pytest.mark.parametrize("wanted", ["all-linear", ["key"], ["query", "key"]])
+def test_packed_layers_that_would_be_pruned_are_refused(wanted: object) -> None:
+    model = small_model()
+    for layer in (model["layer"][1], model["pooler"]):
+        for name in ("key", "dense"):
+            if name in layer:
+                layer[name] = BlockSparseLinear.from_linear(layer[name], (8, 1))
+    with pytest.raises(ValueError, match=r"'layer\.1\.key' is packed: .*unpack_\("):
+        names(model, target_modules=wanted)
+    assert names(model, target_modules=["query"]) == ["layer.0.query", "layer.1.query"]
+    left = names(model, exclude_modules=["1.key", "embeddings", "pooler", "classifier"])
+    assert left == [name for name in ALL if name != "layer.1.key"]
 
 
 def test_wrappers_are_seen_through() -> None:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification
 
 from pybsp import QuantizationAwareTraining
+from pybsp.nn import BlockSparseLinear
 from pybsp.quantization import quantize_rows, quantize_tokens
 from pybsp.quantization.linear import FakeQuantizedLinear, fake_quantize_, restore_
 
@@ -313,6 +314,14 @@ def test_static_scales():
         with pytest.raises(ValueError, match="input_scale must be a number") as caught:
             QuantizationAwareTraining(model, input_scales={name: scale})
         assert str(caught.value).startswith(f"module '{name}': ")
+
+
+def test_a_packed_layer_among_others_is_refused():
+    model = nn.Sequential(sparse_linear(40), nn.Linear(40, 8))
+    model[0] = BlockSparseLinear.from_linear(model[0], (8, 1))
+    with pytest.raises(ValueError, match="'0' is packed"):
+        QuantizationAwareTraining(model)
+    assert QuantizationAwareTraining(model, exclude_modules=["0"]).modules == ("1",)
 
 
 def test_meaning_errors():
