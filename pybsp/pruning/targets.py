@@ -92,12 +92,14 @@ def select_targets(model: nn.Module, cfg: BlockPruningConfig) -> list[Target]:
     """The weights that ``cfg`` prunes in ``model``, in the model's order.
 
     Raises:
-        ValueError: when nothing matches, a layer that matches is packed, a block shape
-            does not divide a weight, an override matches nothing, a named weight is
-            tied to something that is not a linear layer, or a weight is sharded, of
-            another type than float32 and bfloat16, or not finite.
+        ValueError: when nothing matches, a layer that matches is packed or has an
+            adapter, a block shape does not divide a weight, an override matches
+            nothing, a named weight is tied to something that is not a linear layer, or
+            a weight is sharded, of another type than float32 and bfloat16, or not
+            finite.
     """
     check_not_packed(model, cfg)
+    _check_not_adapted(model, cfg)
     linears = linear_modules(model)
     tied = _weights_outside_linears(model)
     matched: dict[str, nn.Linear] = {}
@@ -273,6 +275,19 @@ def check_not_packed(model: nn.Module, cfg: BlockPruningConfig | None = None) ->
                 f"'{name}' is packed: only its kept blocks exist and train; call "
                 "model.dequantize() or pybsp.nn.unpack_(model) first to work on dense "
                 "weights"
+            )
+
+
+def _check_not_adapted(model: nn.Module, cfg: BlockPruningConfig) -> None:
+    """``ValueError`` for layers that peft has wrapped, with their adapters inside."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not hasattr(module._modules.get("base_layer"), "weight"):
+            continue
+        inside = (f"{name}.{part}" for part in linear_modules(module))
+        if any(_is_selected(part.lstrip("."), cfg) for part in inside):
+            raise ValueError(
+                f"'{name}' has an adapter, which would fill zero blocks when it is "
+                "merged; call model = model.merge_and_unload() first"
             )
 
 

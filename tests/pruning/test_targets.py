@@ -200,6 +200,33 @@ def test_sharded_weights_are_refused() -> None:
         names(model)
 
 
+class Adapted(nn.Module):
+    """A linear layer and its adapter, as peft puts them together."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        rows, cols = base_layer.weight.shape
+        self.base_layer = base_layer.requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(cols, 8, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(8, rows, bias=False)})
+
+
+def test_adapters_are_merged_first() -> None:
+    model = small_model().requires_grad_(False)
+    for layer in model["layer"]:
+        layer["query"] = Adapted(layer["query"])
+    message = r"'layer\.0\.query' has an adapter.*merge_and_unload\(\)"
+    for wanted in ("all-linear", ["base_layer"], ["lora_A.default"]):
+        with pytest.raises(ValueError, match=message) as caught:
+            names(model, target_modules=wanted)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=message):
+        names(model.requires_grad_(True))
+    assert names(model, target_modules=["key"]) == ["layer.0.key", "layer.1.key"]
+    own = nn.ModuleDict({"base_layer": small_model(), "last": nn.Linear(8, 8)})
+    assert names(own)[-1] == "last"
+
+
 @pytest.mark.parametrize("wanted", ["all-linear", ["key"], ["query", "key"]])
 def test_packed_layers_that_would_be_pruned_are_refused(wanted: object) -> None:
     model = small_model()
