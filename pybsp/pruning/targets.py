@@ -15,17 +15,27 @@ from .. import ops
 from ..blocks import BlockShape, grid_shape, resolve_block_shape
 from .config import BlockPruningConfig
 
-#: Left out unless ``exclude_modules`` says otherwise: a name with one of these parts.
+#: Left out unless ``exclude_modules`` says otherwise: a name with one of these runs of
+#: components.
 DEFAULT_EXCLUDED = (
     "embeddings",
     "embed_out",
+    "embeddings_project",
     "classifier",
     "pre_classifier",
+    "cls_classifier",
+    "distillation_classifier",
     "pooler",
+    "sequence_summary",
     "lm_head",
+    "generator_lm_head",
+    "generator_predictions",
+    "discriminator_predictions",
     "qa_outputs",
     "score",
     "cls",
+    "head.dense",
+    "vocab_transform",
     "vocab_projector",
 )
 

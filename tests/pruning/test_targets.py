@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 
 import pytest
 import torch
+import transformers
+from encoders import ARCHITECTURES, build
 from torch import nn
 
 from pybsp import BlockPruningConfig
@@ -45,6 +48,21 @@ ALL = [f"layer.{i}.{part}" for i in (0, 1) for part in ("query", "key", "interme
 
 def test_all_linear_leaves_out_embeddings_and_heads() -> None:
     assert names() == ALL
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_heads_of_known_architectures_are_left_out(name: str) -> None:
+    prefix = ARCHITECTURES[name][0]
+    head = re.compile(rf"{prefix}(For\w+|LMHeadModel)")
+    heads = [match[1] for one in dir(transformers) if (match := head.fullmatch(one))]
+    assert len(heads) >= 2
+    expected = names(build(name), block_shape=(1, 1))
+    assert all("layer" in target for target in expected)
+    for one in heads:
+        model = build(name, one)
+        found = names(model, block_shape=(1, 1))
+        inner = str(model.base_model_prefix) + "."
+        assert [target.removeprefix(inner) for target in found] == expected, one
 
 
 def test_embeddings_are_taken_in_by_name() -> None:
