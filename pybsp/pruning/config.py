@@ -52,7 +52,8 @@ class BlockPruningConfig:
             every column of them where columns hold more blocks.
         max_layer_sparsity: no layer loses more than this fraction of its blocks.
         phases: dense warm-up, regularise, masked retrain: three fractions of the
-            total steps that sum to 1, or three numbers of steps (integers).
+            total steps that sum to 1, or three numbers of steps (integers that sum to
+            more).
         reg_lambda: strength of the penalty; see docs/pruning.md for how to set it.
             ``"auto"`` (``"proximal"`` and ``"decoupled"`` only) sizes it so that the
             target fraction of each layer's blocks reaches zero by the end of the
@@ -268,12 +269,14 @@ def _check_phases(value: object) -> tuple[float, float, float]:
     if not all(_is_number(phase) and phase >= 0 for phase in value):
         raise ValueError(f"{rule}, none negative; got {tuple(value)!r}")
     whole = sum(value)
-    if all(_is_steps(phase) for phase in value):
+    # (0, 0, 1) is all of the run, and not one step of it
+    if whole != 1 and all(_is_steps(phase) for phase in value):
         if whole == 0:
             raise ValueError(f"{rule}; got {tuple(value)!r}, no steps at all")
-    elif not math.isclose(whole, 1.0, abs_tol=1e-6):
+        return (value[0], value[1], value[2])
+    if not math.isclose(whole, 1.0, abs_tol=1e-6):
         raise ValueError(f"{rule}; got {tuple(value)!r}, which sum to {whole:g}")
-    return (value[0], value[1], value[2])
+    return (float(value[0]), float(value[1]), float(value[2]))
 
 
 def _check_lambda(cfg: BlockPruningConfig) -> None:

@@ -45,6 +45,21 @@ def test_phases_and_refreshes_in_steps() -> None:
     assert schedule.phase(24) is Phase.RETRAIN
 
 
+@pytest.mark.parametrize("phases", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.0, 1, 0)])
+def test_whole_numbers_that_sum_to_one_are_fractions(
+    phases: tuple[float, float, float],
+) -> None:
+    cfg = BlockPruningConfig(phases=phases, method="magnitude")
+    schedule = PruningSchedule.from_config(cfg, 20)
+    seen = [schedule.phase(step) for step in range(20)]
+    assert seen == [Phase(phases.index(1))] * 20
+
+
+def test_a_share_is_not_compared_with_steps() -> None:
+    cfg = BlockPruningConfig(phases=(0, 1, 0.0), reweight_every=5)
+    assert PruningSchedule.from_config(cfg, 20).reweight_steps == (5, 10, 15)
+
+
 def test_ramp_is_cubic() -> None:
     schedule = PruningSchedule.from_config(BlockPruningConfig(), 1000)
     assert schedule.ramp_level(100) == 0.0
