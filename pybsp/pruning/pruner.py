@@ -164,7 +164,12 @@ class BlockPruner:
 
     @torch.no_grad()
     def cut(self) -> None:
-        """Remove blocks down to the target, now; done already, it does nothing."""
+        """Remove blocks down to the target, now; done already, it does nothing.
+
+        Raises:
+            ValueError: when a weight became NaN or infinite, or blocks are ranked by
+                gradients and no step has given any.
+        """
         if not self.at_target:
             self._prune_to(1.0)
             self.at_target = True
@@ -333,8 +338,13 @@ class BlockPruner:
                 f"the weight of '{bad[0]}' became NaN or infinite in training, so its "
                 "blocks cannot be ranked; lower the learning rate or reg_lambda"
             )
-        # without gradients so far (a cut before the first step) norms have to do
         scores = self.saliency.block_scores()
+        if not scores and self.cfg.saliency != "magnitude":
+            raise ValueError(
+                f"saliency={self.cfg.saliency!r} ranks blocks by gradients, and there "
+                "are no gradients yet; train before the cut, or use "
+                "saliency='magnitude'"
+            )
         # what is removed stays so: its score does not move while others fall
         for name, mask in self.masks.items() if scores else ():
             scores[name] = scores[name].masked_fill(~mask, -math.inf)

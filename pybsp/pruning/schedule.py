@@ -40,9 +40,16 @@ class PruningSchedule:
 
         Raises:
             ValueError: when the run is too short for its phases, phases in steps do
-                not fit in it, or ``reweight_every`` in steps would never fire.
+                not fit in it, ``reweight_every`` in steps would never fire, or the cut
+                comes before any gradient that should rank the blocks.
         """
         warmup_end, cut_step = _boundaries(cfg, total_steps)
+        if cut_step == 0 and cfg.saliency != "magnitude":
+            raise ValueError(
+                f"saliency={cfg.saliency!r} gathers gradients up to the cut, and "
+                f"phases {cfg.phases!r} cut before the first step; give the warm-up or "
+                "the regularise phase steps, or use saliency='magnitude'"
+            )
         length = cut_step - warmup_end
         every = cfg.reweight_every
         if not isinstance(every, int):

@@ -123,6 +123,19 @@ def test_a_resumed_run_keeps_the_same_blocks(kind: str, tmp_path: Path) -> None:
     assert not pruner.saliency.scores
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cut_without_gradients_is_refused(kind: str) -> None:
+    layer, pruner, optimizer = pruner_and_optimizer(config(kind))
+    before = layer.weight.detach().clone()
+    with pytest.raises(ValueError, match="no gradients yet"):
+        pruner.cut()
+    assert not pruner.at_target
+    assert torch.equal(layer.weight, before)
+    train(layer, optimizer, range(1))
+    pruner.cut()
+    pruner.finalize()
+
+
 def test_norms_gather_nothing() -> None:
     layer, pruner, optimizer = pruner_and_optimizer(config("magnitude"))
     train(layer, optimizer, range(3))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from pybsp import BlockPruningConfig
@@ -98,3 +100,15 @@ def test_refresh_in_steps_that_never_fires_is_refused(method: str) -> None:
     cfg = BlockPruningConfig(reweight_every=50, method=method, ramp="cubic")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="never fires within the 50 steps"):
         PruningSchedule.from_config(cfg, 100)
+
+
+@pytest.mark.parametrize("saliency", ["taylor", "movement"])
+@pytest.mark.parametrize("phases", [(0.0, 0.0, 1.0), (0, 0, 20)])
+def test_gradients_need_steps_before_the_cut(
+    saliency: Any, phases: tuple[float, float, float]
+) -> None:
+    cfg = BlockPruningConfig(method="magnitude", saliency=saliency, phases=phases)
+    with pytest.raises(ValueError, match=r"gathers gradients .* before the first step"):
+        PruningSchedule.from_config(cfg, 20)
+    cfg = BlockPruningConfig(method="magnitude", saliency=saliency, phases=(1, 0, 19))
+    assert PruningSchedule.from_config(cfg, 20).cut_step == 1
