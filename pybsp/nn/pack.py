@@ -12,7 +12,7 @@ from .. import ops
 from ..blocks import BlockShapeSpec
 from ..costs import expected_cost, linear_cost
 from ..pruning.config import check_names
-from ..pruning.targets import is_among
+from ..pruning.names import check_each_matches
 from ..quantization import calibrate
 from .encoder import fuse_encoders_, unfuse_encoders_
 from .fuse import fuse_, unfuse_
@@ -78,8 +78,8 @@ def pack_(
         or the scales themselves by name, as ``pybsp.quantization.calibrate`` found them
         or as far as they are known.
     float32_modules : which layers are not rounded where others are: names (any run of
-        dotted components) or one regular expression. ``quantization.sensitivity`` says
-        which ones matter most.
+        dotted components), each of some layer, or one regular expression.
+        ``quantization.sensitivity`` says which ones matter most.
 
     Raises ``ValueError`` before anything is changed: no layer with zero blocks, weights
     that are not finite, not float32 or not on the CPU, or a wrong option.
@@ -134,11 +134,7 @@ def _pack_rounded(
 ) -> tuple[list[LayerPlan], list[Removed]]:
     plans = plan_packing(model, block_shape)
     names = [name for plan in plans for name in plan.names]
-    if float32 and not any(is_among(name, float32) for name in names):
-        raise ValueError(
-            f"float32_modules={float32!r} matches no linear layer of this model, such "
-            f"as {names[0]!r}"
-        )
+    check_each_matches("float32_modules", float32, names, "linear layer")
 
     def rounded() -> list[LayerPlan]:
         if dtype == "int8":

@@ -19,7 +19,7 @@ from ..blocks import (
     resolve_block_shape,
 )
 from ..matrix import BlockSparseMatrix
-from ..pruning.targets import is_among
+from ..pruning.names import is_among
 from .detect import detect_block_shape
 from .linear import FIELDS, SCALES, BlockSparseLinear
 from .report import LayerReport

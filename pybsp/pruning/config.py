@@ -41,9 +41,11 @@ class BlockPruningConfig:
             (the same factors, taken once when the regularise phase starts) or
             ``"magnitude"`` (no penalty).
         target_modules: ``"all-linear"``, a list of module name endings, or a regular
-            expression matched against the whole name.
+            expression matched against the whole name. Here and below, every name that
+            is listed has to match something.
         exclude_modules: names (any run of dotted components) or one regular expression
             to leave out. ``None`` leaves out embeddings and task heads; ``()`` nothing.
+            Names that are left out by default need not match.
         embedding_modules: embedding tables to prune as well, by name endings or a
             regular expression; each is ranked by itself, and ``exclude_modules`` does
             not count. It makes no forward faster.

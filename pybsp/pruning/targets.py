@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,30 +13,7 @@ from torch import nn
 from .. import ops
 from ..blocks import BlockShape, grid_shape, resolve_block_shape
 from .config import BlockPruningConfig
-
-#: Left out unless ``exclude_modules`` says otherwise: a name with one of these runs of
-#: components.
-DEFAULT_EXCLUDED = (
-    "embeddings",
-    "embed_out",
-    "embeddings_project",
-    "classifier",
-    "pre_classifier",
-    "cls_classifier",
-    "distillation_classifier",
-    "pooler",
-    "sequence_summary",
-    "lm_head",
-    "generator_lm_head",
-    "generator_predictions",
-    "discriminator_predictions",
-    "qa_outputs",
-    "score",
-    "cls",
-    "head.dense",
-    "vocab_transform",
-    "vocab_projector",
-)
+from .names import DEFAULT_EXCLUDED, check_each_matches, is_named, is_selected, listed
 
 
 @dataclass(frozen=True)
@@ -102,20 +78,21 @@ def select_targets(model: nn.Module, cfg: BlockPruningConfig) -> list[Target]:
     """The weights that ``cfg`` prunes in ``model``, in the model's order.
 
     Raises:
-        ValueError: when nothing matches, a layer that matches is packed or has an
-            adapter, a block shape does not divide a weight, an override matches
-            nothing, a named weight is tied to something that is not a linear layer, or
-            a weight is sharded, of another type than float32 and bfloat16, or not
-            finite.
+        ValueError: when nothing matches, a name or an override that is given matches
+            nothing, a layer that matches is packed or has an adapter, a block shape
+            does not divide a weight, a named weight is tied to something that is not a
+            linear layer, or a weight is sharded, of another type than float32 and
+            bfloat16, or not finite.
     """
+    linears = linear_modules(model)
+    _check_exclusions_match(model, list(linears), cfg)
     check_not_packed(model, cfg)
     _check_not_adapted(model, cfg)
-    linears = linear_modules(model)
     tied = _weights_outside_linears(model)
     matched: dict[str, nn.Linear] = {}
     shared: dict[int, list[str]] = {}
     for name, module in linears.items():
-        if not _is_selected(name, cfg):
+        if not is_selected(name, cfg):
             continue
         if id(module.weight) in tied:
             if cfg.target_modules == "all-linear":
@@ -131,6 +108,11 @@ def select_targets(model: nn.Module, cfg: BlockPruningConfig) -> list[Target]:
     if not matched:
         check_not_packed(model)
         raise ValueError(_nothing_matched(linears, cfg))
+    if cfg.target_modules != "all-linear":
+        check_each_matches(
+            "target_modules", cfg.target_modules, list(linears), "linear layer",
+            is_named,
+        )  # fmt: skip
     chosen: dict[str, nn.Linear | nn.Embedding] = {
         **matched, **_embeddings(model, cfg, shared),
     }  # fmt: skip
@@ -147,12 +129,11 @@ def _embeddings(
     """The embedding tables that ``cfg`` prunes, each once, by name. Adds all names of
     a table to ``shared``."""
     tables = embedding_modules(model)
-    found = {n: m for n, m in tables.items() if _is_named(n, cfg.embedding_modules)}
-    if cfg.embedding_modules and not found:
-        raise ValueError(
-            f"embedding_modules={cfg.embedding_modules!r} matches no embedding table; "
-            f"the model's are: {', '.join(tables) or 'none'}"
-        )
+    found = {n: m for n, m in tables.items() if is_named(n, cfg.embedding_modules)}
+    check_each_matches(
+        "embedding_modules", cfg.embedding_modules, list(tables), "embedding table",
+        is_named,
+    )  # fmt: skip
     for name, module in found.items():
         shared.setdefault(id(module.weight), []).append(name)
         _check_prunable(name, module.weight, cfg)
@@ -162,29 +143,6 @@ def _embeddings(
                 "requires_grad_(True) and sparse=False, or leave it out"
             )
     return {n: m for n, m in found.items() if shared[id(m.weight)][0] == n}
-
-
-def _is_named(name: str, wanted: str | tuple[str, ...]) -> bool:
-    """Whether a regular expression, or one of several endings, names this module."""
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == end or name.endswith("." + end) for end in wanted)
-
-
-def _is_selected(name: str, cfg: BlockPruningConfig) -> bool:
-    wanted = cfg.target_modules
-    if wanted != "all-linear" and not _is_named(name, wanted):
-        return False
-    excluded = DEFAULT_EXCLUDED if cfg.exclude_modules is None else cfg.exclude_modules
-    return not is_among(name, excluded)
-
-
-def is_among(name: str, modules: str | tuple[str, ...]) -> bool:
-    """Whether a regular expression, or one of several runs of dotted components, names
-    this module."""
-    if isinstance(modules, str):
-        return re.fullmatch(modules, name) is not None
-    return any(f".{part}." in f".{name}." for part in modules)
 
 
 def _weights_outside_linears(model: nn.Module) -> dict[int, str]:
@@ -264,6 +222,18 @@ def _target(
     )  # fmt: skip
 
 
+def _check_exclusions_match(
+    model: nn.Module, linears: list[str], cfg: BlockPruningConfig
+) -> None:
+    wanted = cfg.exclude_modules or ()
+    if not isinstance(wanted, str):
+        # no model has all of the default ones, which a user's list may repeat
+        wanted = tuple(name for name in wanted if name not in DEFAULT_EXCLUDED)
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    names = list(dict.fromkeys([*linears, *modules]))
+    check_each_matches("exclude_modules", wanted, names, "module")
+
+
 def _check_overrides_match(
     matched: Mapping[str, object], cfg: BlockPruningConfig
 ) -> None:
@@ -280,7 +250,7 @@ def check_not_packed(model: nn.Module, cfg: BlockPruningConfig | None = None) ->
     for name, module in model.named_modules(remove_duplicate=False):
         if "weight_crow_indices" not in module._buffers:
             continue
-        if cfg is None or _is_selected(name, cfg):
+        if cfg is None or is_selected(name, cfg):
             raise ValueError(
                 f"'{name}' is packed: only its kept blocks exist and train; call "
                 "model.dequantize() or pybsp.nn.unpack_(model) first to work on dense "
@@ -294,7 +264,7 @@ def _check_not_adapted(model: nn.Module, cfg: BlockPruningConfig) -> None:
         if not hasattr(module._modules.get("base_layer"), "weight"):
             continue
         inside = (f"{name}.{part}" for part in linear_modules(module))
-        if any(_is_selected(part.lstrip("."), cfg) for part in inside):
+        if any(is_selected(part.lstrip("."), cfg) for part in inside):
             raise ValueError(
                 f"'{name}' has an adapter, which would fill zero blocks when it is "
                 "merged; call model = model.merge_and_unload() first"
@@ -305,8 +275,7 @@ def _nothing_matched(linears: Mapping[str, nn.Linear], cfg: BlockPruningConfig) 
     if not linears:
         return "the model has no nn.Linear, so there is nothing to prune"
     names = list(linears)
-    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    selected = [name for name in names if _is_selected(name, cfg)]
+    selected = [name for name in names if is_selected(name, cfg)]
     if selected and not any(linears[name].weight.requires_grad for name in selected):
         return (
             f"every matched module has a frozen weight ({', '.join(selected[:6])}); "
@@ -320,5 +289,5 @@ def _nothing_matched(linears: Mapping[str, nn.Linear], cfg: BlockPruningConfig) 
     )
     return (
         f"target_modules={cfg.target_modules!r} matches no prunable linear layer{hint}"
-        f". The model's linear layers: {shown}"
+        f". The model's linear layers: {listed(names)}"
     )

@@ -13,6 +13,7 @@ from torch import nn
 
 from pybsp import BlockPruningConfig
 from pybsp.nn import BlockSparseLinear
+from pybsp.pruning.names import DEFAULT_EXCLUDED
 from pybsp.pruning.targets import select_targets, unwrap_model
 
 
@@ -70,8 +71,9 @@ def test_embeddings_are_taken_in_by_name() -> None:
         *ALL,
         "embeddings.word",
     ]
-    with pytest.raises(ValueError, match="no embedding table; the model's are: embed"):
-        names(embedding_modules=["words"])
+    for wanted in (["words"], ["word", "words"], "words"):
+        with pytest.raises(ValueError, match=r"'words' matches no emb.* are: embed"):
+            names(embedding_modules=wanted)
     with pytest.raises(ValueError, match=r"'embeddings.word': .*does not divide"):
         names(embedding_modules=["word"])
     sparse = nn.ModuleDict({"word": nn.Embedding(8, 8, sparse=True), **small_model()})
@@ -95,6 +97,25 @@ def test_exclusions_replace_the_default_ones() -> None:
     assert left == ["embeddings.map", "pooler.dense"]
     assert names(exclude_modules=r"(layer\.0|embed|pool|class).*") == ALL[3:]
     assert names(exclude_modules=(), block_shape=(1, 1))[-1] == "classifier"
+
+
+def test_every_exclusion_matches_something() -> None:
+    for wanted in (["layer.0", "layer.2"], ["layer.2"], r"layer\.2.*"):
+        with pytest.raises(ValueError, match=r"exclude_modules: .*2.* matches no mod"):
+            names(exclude_modules=wanted)
+    # the defaults written out, of which no model has all
+    assert names(exclude_modules=[*DEFAULT_EXCLUDED, "layer.0"]) == ALL[3:]
+    # whatever has the name: it need not be a linear layer, nor stand alone
+    assert names(exclude_modules=["word", *DEFAULT_EXCLUDED, "0.key", "1"]) == [
+        "layer.0.query",
+        "layer.0.intermediate",
+    ]
+
+
+def test_every_target_matches_something() -> None:
+    with pytest.raises(ValueError, match="'quary' matches no linear layer"):
+        names(target_modules=["key", "quary"])
+    assert names(target_modules=["0.key", "classifier"]) == ["layer.0.key"]
 
 
 def test_a_part_of_a_name_is_no_ending() -> None:
