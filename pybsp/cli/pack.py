@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from . import checkpoints
@@ -11,7 +12,7 @@ from .arguments import block_shape
 from .errors import UsageError, WorkError, one_line
 from .main import Result
 
-#: Written by ``save_packed`` itself; everything else beside them is copied.
+#: Written by ``save_packed`` itself; everything else beside and below them is copied.
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", checkpoints.CONFIG)
 
 
@@ -55,8 +56,9 @@ def run(arguments: argparse.Namespace) -> Result:
     except ValueError as error:
         raise WorkError(f"{folder} cannot be packed: {one_line(error)}") from error
     if out != folder:
-        skipped = shutil.ignore_patterns(*WEIGHTS)
-        shutil.copytree(folder, out, ignore=skipped, dirs_exist_ok=True)
+        shutil.copytree(
+            folder, out, ignore=_not_copied(folder, out), dirs_exist_ok=True
+        )
     dense = out / checkpoints.DENSE_FILE
     sizes = {
         name: path.stat().st_size
@@ -65,3 +67,15 @@ def run(arguments: argparse.Namespace) -> Result:
     }
     data = {"folder": str(out), **sizes, "report": report.to_dict()}
     return Result(data, [report, f"Wrote {file}. Next: pybsp bench {out}"])
+
+
+def _not_copied(folder: Path, out: Path) -> Callable[[str, list[str]], set[str]]:
+    """Weights and config of the model itself: modules beside it have such files too."""
+    weights = shutil.ignore_patterns(*WEIGHTS)
+    target = out.resolve()
+
+    def names_in(visited: str, names: list[str]) -> set[str]:
+        itself = {name for name in names if Path(visited, name).resolve() == target}
+        return itself | (weights(visited, names) if Path(visited) == folder else set())
+
+    return names_in

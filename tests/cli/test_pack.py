@@ -113,3 +113,22 @@ def test_an_unknown_type(cli, foreign):
     run = cli("pack", foreign, "--dtype", "int4")
     assert run.status == 2
     assert "int4" in run.stderr
+
+
+def test_a_copy_has_the_modules_in_folders(cli, foreign, tmp_path):
+    """As in a checkpoint of SentenceTransformers."""
+    kept = ("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors")
+    for name in kept:
+        (foreign / name).parent.mkdir(exist_ok=True)
+        (foreign / name).write_text(name)
+    (foreign / "modules.json").write_text("[]")
+    (foreign / "pytorch_model.bin").write_bytes(b"other weights")
+    for out in (tmp_path / "copy", foreign / "2_Dense" / "copy"):
+        assert cli("pack", foreign, "--out", out).status == 0
+        assert {name: (out / name).read_text() for name in kept} == {
+            name: name for name in kept
+        }
+        assert (out / "modules.json").is_file()
+        assert not (out / "pytorch_model.bin").exists()
+        assert not (out / "2_Dense" / "copy").exists()
+        assert "quantization_config" in json.loads((out / "config.json").read_text())
