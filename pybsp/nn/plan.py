@@ -20,6 +20,7 @@ from ..blocks import (
 )
 from ..matrix import BlockSparseMatrix
 from ..pruning.names import is_among
+from ..pruning.record import same_layer
 from .detect import detect_block_shape
 from .linear import FIELDS, SCALES, BlockSparseLinear
 from .report import LayerReport
@@ -248,7 +249,7 @@ def recorded_block_shapes(model: nn.Module) -> Callable[[str], BlockShapeSpec | 
     def look_up(name: str) -> BlockShapeSpec | None:
         # A head model names the layers of its base model with a prefix.
         for key, shape in modules.items():
-            if key == name or key.endswith(f".{name}") or name.endswith(f".{key}"):
+            if same_layer(key, name):
                 return check_block_shape_spec(shape)
         return default and check_block_shape_spec(default)
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ..blocks import BlockShape, BlockShapeSpec, grid_shape, resolve_block_shape
 from .hooks import StepHooks, inner_optimizer, learning_rates
 from .penalty import block_norms, mask_blocks_
-from .record import pruned_embeddings, recorded_block_shape
+from .record import pruned_embeddings, recorded_block_shape, same_layer
 from .targets import check_not_packed, linear_modules, unwrap_model
 
 
@@ -140,7 +140,10 @@ def _block_shape(
     if recorded is not None:
         return recorded
     record = getattr(getattr(model, "config", None), "quantization_config", None)
-    listed = record.get("modules", {}).get(name) if isinstance(record, dict) else None
+    modules = record.get("modules", {}) if isinstance(record, dict) else {}
+    listed = modules.get(name) or next(
+        (shape for key, shape in modules.items() if same_layer(key, name)), None
+    )
     if listed is None:
         return None
     shape = (int(listed[0]), int(listed[1]))

@@ -26,6 +26,16 @@ def recorded_block_shape(module: nn.Module) -> BlockShape | None:
     return None if shape is None else check_block_shape(shape)
 
 
+def same_layer(recorded: str, name: str) -> bool:
+    """Whether a recorded name is that of ``name``, maybe as a model around this one or
+    inside of it calls it."""
+    return (
+        recorded == name
+        or recorded.endswith(f".{name}")
+        or name.endswith(f".{recorded}")
+    )
+
+
 def zero_blocks(weight: torch.Tensor, block_shape: BlockShape) -> torch.Tensor:
     """Which blocks ``(out/r, in/c)`` have weights that are all exactly zero."""
     return (block_view(weight.detach(), block_shape) == 0).flatten(2).all(2)
@@ -46,15 +56,23 @@ def record_block_shapes(
     model: nn.Module, targets: Iterable[Target], block_shape: BlockShapeSpec
 ) -> dict[str, Any]:
     """Set ``pybsp_block_shape`` on every pruned module and, when the model has a
-    ``config`` object, its ``quantization_config``. Returns that record."""
+    ``config`` object, its ``quantization_config``. Returns that record; the config of
+    a module inside of ``model`` gets one of what lies in it, by its own names."""
     for target in targets:
         for name in (target.name, *target.shared_with):
             module = model.get_submodule(name)
             module.pybsp_block_shape = target.block_shape  # type: ignore[assignment]
     record = sparsity_record(model, block_shape)
     config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "to_dict"):
+    if config is None or not hasattr(config, "to_dict"):
+        return record
+    model = unwrap_model(model)
+    # A SentenceTransformer hands out the config of the model inside of it.
+    owner = next((m for m in model.modules() if vars(m).get("config") is config), model)
+    if owner is model:
         config.quantization_config = record
+    elif any(recorded_block_shape(m) for m in linear_modules(owner).values()):
+        config.quantization_config = sparsity_record(owner, block_shape)
     return record
 
 

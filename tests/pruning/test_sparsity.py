@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+import pybsp
 from pybsp import print_sparsity
 from pybsp.nn.linear import BlockSparseLinear
 from pybsp.pruning import model_sparsity, sparsity_record
@@ -98,3 +99,58 @@ def test_an_int8_layer_counts_as_its_dense_form() -> None:
     dense = model_sparsity(model)
     assert packed.layers == dense.layers
     assert packed.parameters == dense.parameters
+
+
+class Owner(nn.Sequential):
+    """Holds a config as transformers models do."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.config = Config()
+
+
+class Config:
+    def to_dict(self):
+        return vars(self)
+
+
+class Around(nn.Sequential):
+    """As a SentenceTransformer hands out the config of the model inside of it."""
+
+    @property
+    def config(self):
+        return self[0].config
+
+
+def pruned_around(names="all-linear"):
+    """A model around another one, pruned in these layers, and what pruning recorded."""
+    torch.manual_seed(0)
+    around = Around(Owner(nn.Linear(16, 16), nn.Linear(16, 16)), nn.Linear(16, 16))
+    cfg = pybsp.BlockPruningConfig(
+        block_shape=(4, 1), target_modules=names, exclude_modules=(),
+        method="magnitude", phases=(0, 0, 1),
+    )  # fmt: skip
+    pruner = pybsp.BlockPruner(around, cfg, total_steps=10)
+    pruner.cut()
+    return around, pruner.finalize()
+
+
+def test_a_config_inside_of_the_model_has_its_own_names():
+    around, record = pruned_around()
+    assert list(record["modules"]) == ["0.0", "0.1", "1"]
+    assert list(around.config.quantization_config["modules"]) == ["0", "1"]
+    assert around.config.quantization_config == sparsity_record(around[0])
+
+
+def test_a_config_inside_of_the_model_of_which_nothing_was_pruned():
+    around, record = pruned_around("1")
+    assert list(record["modules"]) == ["1"]
+    assert not hasattr(around.config, "quantization_config")
+
+
+def test_shapes_of_a_record_are_found_from_around_the_model():
+    around, _ = pruned_around(r"0\.0")
+    del around[0][0].pybsp_block_shape
+    optimizer = torch.optim.SGD(around.parameters(), lr=0.1)
+    with pybsp.preserve_sparsity(around, optimizer) as kept:
+        assert [entry.block_shape for entry in kept._kept] == [(4, 1)]
