@@ -48,9 +48,9 @@ def run(arguments: argparse.Namespace) -> Result:
     from .reporting import layer_table
 
     findings = Findings()
-    shapes = read_record(folder, findings)
+    read_record(folder, findings)
     if checkpoints.has_dense_file(folder):
-        check_dense(folder, shapes, findings)
+        check_dense(folder, findings)
     packed = folder / checkpoints.PACKED_FILE
     if packed.is_file():
         check_packed(folder, findings)
@@ -86,15 +86,15 @@ def summary(findings: Findings, isa: str) -> str:
     return f"{verdict}; {isa} in use{speed}"
 
 
-def read_record(folder: Path, findings: Findings) -> dict[str, BlockShape]:
-    """Block shapes by module, from ``config.json``."""
+def read_record(folder: Path, findings: Findings) -> None:
+    """The facts of the record in ``config.json``, and whether it is one."""
     record = checkpoints.sparsity_record(folder)
     if record is None:
         findings.hints.append(
             "config.json has no pybsp record, so transformers loads this model dense: "
             f"run pybsp pack {folder}"
         )
-        return {}
+        return
     findings.facts["record"] = {
         key: record.get(key)
         for key in ("format", "format_version", "sparsity", "dtype")
@@ -104,30 +104,35 @@ def read_record(folder: Path, findings: Findings) -> dict[str, BlockShape]:
         shapes = checkpoints.recorded_modules(record)
     except WorkError as error:
         findings.problems.append(str(error))
-        return {}
+        return
     if not shapes:
         findings.problems.append("the pybsp record in config.json names no modules")
-    return shapes
 
 
-def check_dense(
-    folder: Path, shapes: dict[str, BlockShape], findings: Findings
-) -> None:
+def check_dense(folder: Path, findings: Findings) -> None:
     """Every recorded weight: finite, its zeros whole blocks; fills ``layers``."""
     import torch
 
     from ..blocks import block_view
     from ..nn.detect import detect_block_shape
+    from ..pruning.record import recorded_block_shape
 
     try:
         model = checkpoints.load_dense(folder)
     except WorkError as error:
         findings.problems.append(str(error))
         return
-    weights: dict[str, torch.Tensor] = {
-        name: module.weight.detach()
+    linears = {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
+    }
+    weights = {name: linear.weight.detach() for name, linear in linears.items()}
+    # By the names of this model, which the record may have from another one.
+    shapes = {
+        name: shape
+        for name, linear in linears.items()
+        if (shape := recorded_block_shape(linear)) is not None
     }
     if not shapes:
         shapes = {

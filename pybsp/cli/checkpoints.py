@@ -33,20 +33,17 @@ def sparsity_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def recorded_modules(record: Mapping[str, Any] | None) -> dict[str, BlockShape]:
+def recorded_modules(
+    record: Mapping[str, Any] | None, entry: str = "modules"
+) -> dict[str, BlockShape]:
     """Block shape by module name; ``WorkError`` when the record is malformed."""
-    modules = (record or {}).get("modules") or {}
+    modules = (record or {}).get(entry) or {}
     try:
         return {name: check_block_shape(shape) for name, shape in modules.items()}
     except (ValueError, AttributeError) as error:
         raise WorkError(
             f"the pybsp record in {CONFIG} is damaged: {one_line(error)}"
         ) from None
-
-
-def recorded_dtype(folder: Path) -> str:
-    """Of the packed weights: what pybsp's entry says, else float32."""
-    return str((sparsity_record(folder) or {}).get("dtype", "float32"))
 
 
 def load(folder: Path) -> Any:
@@ -57,7 +54,8 @@ def load(folder: Path) -> Any:
 def load_dense(folder: Path) -> Any:
     """The model with dense layers, whose recorded block shapes are set.
 
-    Raises ``WorkError`` when the folder has only packed weights.
+    Its config has the record, by the names of this model. Raises ``WorkError`` when the
+    folder has only packed weights, or the record is damaged.
     """
     from transformers import AutoConfig
 
@@ -72,14 +70,31 @@ def load_dense(folder: Path) -> Any:
     if record is not None:
         del config.quantization_config
     model = _load(folder, config=config)
-    for name, shape in recorded_modules(record).items():
-        try:
-            model.get_submodule(name).pybsp_block_shape = shape
-        except AttributeError:
-            raise WorkError(
-                f"the pybsp record names '{name}', which {type(model).__name__} has not"
-            ) from None
+    if record is not None:
+        model.config.quantization_config = _settle_record(record, model)
     return model
+
+
+def _settle_record(record: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """``record`` by the names of ``model``, where its block shapes are set."""
+    from ..integrations.loading import recorded_name
+
+    names = dict(model.named_modules(remove_duplicate=False))
+    settled: dict[str, Any] = {**record, "modules": {}}
+    for key, shape in recorded_modules(record).items():
+        name = recorded_name(model, key, names)
+        if name is None:
+            raise WorkError(
+                f"the pybsp record names '{key}', which {type(model).__name__} has not"
+            )
+        names[name].pybsp_block_shape = shape
+        settled["modules"][name] = list(shape)
+    if "embeddings" in record:
+        settled["embeddings"] = {
+            recorded_name(model, key, names) or key: list(shape)
+            for key, shape in recorded_modules(record, "embeddings").items()
+        }
+    return settled
 
 
 def has_dense_file(folder: Path) -> bool:

@@ -6,6 +6,7 @@ import argparse
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from . import checkpoints
 from .arguments import block_shape
@@ -46,10 +47,15 @@ def run(arguments: argparse.Namespace) -> Result:
     from ..nn.pack import pack_
 
     model = checkpoints.load_dense(folder)
-    dtype = arguments.dtype or checkpoints.recorded_dtype(folder)
     try:
+        options = _rounding_options(model, arguments)
         report = pack_(
-            model, arguments.block_shape, dtype, min_gain=0, fuse=False, shrink=False
+            model,
+            arguments.block_shape,
+            **options,
+            min_gain=0,
+            fuse=False,
+            shrink=False,
         )
         out.parent.mkdir(parents=True, exist_ok=True)
         file = save_packed(model, out)
@@ -67,6 +73,22 @@ def run(arguments: argparse.Namespace) -> Result:
     }
     data = {"folder": str(out), **sizes, "report": report.to_dict()}
     return Result(data, [report, f"Wrote {file}. Next: pybsp bench {out}"])
+
+
+def _rounding_options(model: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those of ``pack_``, as recorded; takes out of the record what is to be new."""
+    from ..integrations.transformers import BlockSparseConfig
+
+    record = getattr(model.config, "quantization_config", None)
+    if isinstance(record, dict) and record.get("quant_method") == "pybsp":
+        record.pop("sparsity", None)
+        if arguments.block_shape is not None:
+            record.pop("block_shape", None)
+        config = BlockSparseConfig(**record)
+    else:
+        config = BlockSparseConfig()
+    config.dtype = arguments.dtype or config.dtype
+    return config.rounding_options(model)
 
 
 def _not_copied(folder: Path, out: Path) -> Callable[[str, list[str]], set[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from .. import ops
 from ..blocks import BlockShape
 from ..nn.linear import FIELDS, BlockSparseLinear
+from ..pruning.record import same_layer
 from .packed_file import PACKED_FILE, PackedLayer, dense_files, same_weights
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,15 @@ def name_in_model(model: nn.Module, name: str, names: Container[str]) -> str | N
     # A head model may load what a base model saved, and the other way round.
     candidates = (name, prefix + name, name.removeprefix(prefix))
     return next((candidate for candidate in candidates if candidate in names), None)
+
+
+def recorded_name(model: nn.Module, name: str, names: Collection[str]) -> str | None:
+    """What a layer of that name in the record is called in ``model``, if anything.
+
+    The record may be that of any model around this one or inside of it.
+    """
+    found = name_in_model(model, name, names)
+    return found or next((own for own in names if same_layer(name, own)), None)
 
 
 def prepare_layers(

@@ -35,8 +35,8 @@ from .loading import (
     check_layer_names,
     check_record,
     finish_layers,
-    name_in_model,
     prepare_layers,
+    recorded_name,
     settle_files,
 )
 from .packed_file import FORMAT_VERSION, PACKED_FILE, read_packed_layers
@@ -150,6 +150,26 @@ class BlockSparseConfig(QuantizationConfigMixin):
             record["shrink"] = False
         return record
 
+    def rounding_options(self, model: nn.Module) -> dict[str, Any]:
+        """Those of ``pack_``, with the names that layers have in ``model``."""
+        if self.dtype == "float32":
+            return {}
+        names = dict(model.named_modules(remove_duplicate=False))
+        recorded = {*self.input_scales, *self.float32_modules}
+        found = {name: recorded_name(model, name, names) for name in recorded}
+        scales = {
+            name: scale
+            for key, scale in self.input_scales.items()
+            if (name := found[key]) is not None
+        }
+        return {
+            "dtype": self.dtype,
+            "calibration": scales if self.dtype == "int8" else None,
+            "float32_modules": [
+                name for key in self.float32_modules if (name := found[key]) is not None
+            ],
+        }
+
 
 class BlockSparseHfQuantizer(HfQuantizer):
     """Builds packed layers while transformers loads a model, and saves them dense."""
@@ -212,7 +232,7 @@ class BlockSparseHfQuantizer(HfQuantizer):
         try:
             report = pack.pack_(
                 model,
-                **self._rounding_options(model),
+                **self.quantization_config.rounding_options(model),
                 fuse=self.quantization_config.fuse,
                 min_gain=self.quantization_config.min_gain,
                 shrink=self.quantization_config.shrink,
@@ -227,36 +247,13 @@ class BlockSparseHfQuantizer(HfQuantizer):
 
     def _mark_embeddings(self, model: nn.Module) -> None:
         """Note on the tables that were pruned in which blocks."""
-        names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+        names = dict(model.named_modules(remove_duplicate=False))
         recorded = self.quantization_config.notes.get("embeddings") or {}
         for key, shape in recorded.items():
-            name = name_in_model(model, key, names)
+            name = recorded_name(model, key, names)
             if name is not None:
                 table: Any = model.get_submodule(name)
                 table.pybsp_block_shape = check_block_shape(shape)
-
-    def _rounding_options(self, model: nn.Module) -> dict[str, Any]:
-        """Those of ``pack_``, with the names that layers have in ``model``."""
-        config = self.quantization_config
-        if config.dtype == "float32":
-            return {}
-        names = {name for name, _ in model.named_modules(remove_duplicate=False)}
-        recorded = {*config.input_scales, *config.float32_modules}
-        found = {name: name_in_model(model, name, names) for name in recorded}
-        scales = {
-            name: scale
-            for key, scale in config.input_scales.items()
-            if (name := found[key]) is not None
-        }
-        return {
-            "dtype": config.dtype,
-            "calibration": scales if config.dtype == "int8" else None,
-            "float32_modules": [
-                name
-                for key in config.float32_modules
-                if (name := found[key]) is not None
-            ],
-        }
 
     def _dequantize(
         self, model: nn.Module, dtype: torch.dtype | str | None = None
