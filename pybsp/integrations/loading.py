@@ -14,7 +14,8 @@ from .. import ops
 from ..blocks import BlockShape
 from ..nn.linear import FIELDS, BlockSparseLinear
 from ..pruning.record import same_layer
-from .packed_file import PACKED_FILE, PackedLayer, dense_files, same_weights
+from .outdated import same_weights
+from .packed_file import PACKED_FILE, PackedLayer, dense_files
 
 logger = logging.getLogger(__name__)
 

@@ -35,6 +35,8 @@ FILE_VERSION = 3
 FLOAT32_VERSION = 2
 #: Its key in the header of the file.
 VERSION_KEY = "pybsp_format_version"
+#: Beside it, where the dense file has other names: ``sample_renamed``, as JSON.
+SAMPLES_KEY = "pybsp_dense_samples"
 #: Where the tensors of a file begin is a multiple of this: no small block of a usual
 #: layer then lies in two cache lines, which costs a call with one token a tenth.
 ALIGNMENT = 64
@@ -82,7 +84,9 @@ def _compact(indices: torch.Tensor, largest: int) -> torch.Tensor:
     return indices.to(dtype)
 
 
-def metadata_for_file(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def metadata_for_file(
+    tensors: Mapping[str, torch.Tensor], samples: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """What the header says beside ``tensors``, padded so that they begin aligned."""
     rounded = any(
         key.endswith(f".{FIELDS[0]}") and tensor.dtype != torch.float32
@@ -90,6 +94,8 @@ def metadata_for_file(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     )
     version = FILE_VERSION if rounded else FLOAT32_VERSION
     metadata = {"format": "pt", VERSION_KEY: str(version), "padding": ""}
+    if samples:
+        metadata[SAMPLES_KEY] = json.dumps(samples, separators=(",", ":"))
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     # As safetensors writes it. If it did otherwise, or with a type that is not in the
@@ -217,74 +223,3 @@ def dense_files(directory: Path) -> list[Path]:
             weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
             return [directory / shard for shard in sorted(set(weight_map.values()))]
     return []
-
-
-def same_weights(packed_file: Path, dense: list[Path]) -> bool:
-    """Whether a packed file still belongs to the dense checkpoint beside it.
-
-    Somebody without pybsp may have trained on and saved over the dense file. Compared
-    are samples, which any training step changes: the first, middle and last row of
-    every tensor or, for packed weights, block row.
-    """
-    if any(file.suffix != ".safetensors" for file in dense):
-        return True
-    with open_checkpoint(packed_file) as packed:
-        layers = read_packed_layers([packed_file])
-        keys = set(packed.keys())
-        for file in dense:
-            with open_checkpoint(file) as checkpoint:
-                for key in checkpoint.keys():  # noqa: SIM118 (no mapping)
-                    layer = layers.get(key.removesuffix(".weight"))
-                    if layer is not None:
-                        same = _same_block_rows(packed, layer, checkpoint, key)
-                    else:
-                        same = key not in keys or _same_rows(packed, checkpoint, key)
-                    if not same:
-                        return False
-    return True
-
-
-def _samples(size: int) -> set[int]:
-    return {0, size // 2, size - 1} if size else set()
-
-
-def _same_rows(packed: Any, dense: Any, key: str) -> bool:
-    left, right = packed.get_slice(key), dense.get_slice(key)
-    shape = left.get_shape()
-    if shape != right.get_shape():
-        return False
-    if len(shape) < 2:
-        return torch.equal(packed.get_tensor(key), dense.get_tensor(key))
-    rows = _samples(shape[0])
-    return all(torch.equal(left[i : i + 1], right[i : i + 1]) for i in rows)
-
-
-def _same_block_rows(packed: Any, layer: PackedLayer, dense: Any, key: str) -> bool:
-    rows, cols = layer.block_shape
-    weight = dense.get_slice(key)
-    shape = weight.get_shape()
-    if len(shape) != 2 or shape[0] != layer.block_rows * rows or shape[1] % cols:
-        return False
-    crow_indices = packed.get_tensor(f"{layer.name}.weight_crow_indices").long()
-    values = packed.get_slice(f"{layer.name}.weight_values")
-    columns = packed.get_slice(f"{layer.name}.weight_col_indices")
-    for row in _samples(layer.block_rows):
-        begin, end = crow_indices[row : row + 2].tolist()
-        strip = torch.zeros(shape[1] // cols, rows, cols)
-        if not 0 <= begin <= end <= layer.nnz:
-            return True  # Damaged, not outdated: loading it says what is wrong.
-        if end > begin:
-            where = columns[begin:end].long()
-            if not 0 <= int(where.min()) <= int(where.max()) < strip.shape[0]:
-                return True
-            blocks = values[begin:end]
-            blocks = blocks.transpose(1, 2) if layer.column_major else blocks
-            if layer.dtype == torch.int8:
-                scales = packed.get_slice(f"{layer.name}.{SCALES}")
-                of_row = scales[row * rows : (row + 1) * rows]
-                blocks = blocks.float() * of_row[:, None]
-            strip[where] = blocks.float()
-        block_row = weight[row * rows : (row + 1) * rows].float()
-        if not torch.equal(strip.transpose(0, 1).reshape(rows, shape[1]), block_row):
-            return False
-    return True

@@ -20,9 +20,11 @@ from ..matrix import BlockSparseMatrix
 from ..nn.linear import FIELDS, INPUT_SCALE, BlockSparseLinear
 from ..nn.plan import plan_packing
 from ..nn.shrink import stock_shapes, unshrunk
+from .outdated import sample_renamed
 from .packed_file import (
     FORMAT_VERSION,
     PACKED_FILE,
+    dense_files,
     fields_for_file,
     metadata_for_file,
 )
@@ -74,7 +76,8 @@ def save_packed(model: nn.Module, path: str | Path, dense: bool = True) -> Path:
         if not dense:
             for file in _dense_files(beside):
                 file.unlink()
-        save_file(tensors, beside / PACKED_FILE, metadata_for_file(tensors))
+        samples = sample_renamed(tensors, dense_files(beside))
+        save_file(tensors, beside / PACKED_FILE, metadata_for_file(tensors, samples))
         config = json.loads((beside / "config.json").read_text("utf-8"))
         config["quantization_config"] = {**record, "format": "packed"}
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
