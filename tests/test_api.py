@@ -24,6 +24,7 @@ PROMISED = {
 }  # fmt: skip
 #: Sources whose tests are named after something else.
 TESTED_IN = {
+    "ops/arguments": "test_ops.py",
     "ops/codes": "test_ops.py",
     "ops/encoder": "kernels/test_encoder.py",
     "ops/encoder_spec": "kernels/test_encoder.py",

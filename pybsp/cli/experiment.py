@@ -161,7 +161,8 @@ class Experiment:
     def magnitude_cut(self, model: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:
         """Scores of the dense model cut by block norms alone, with no training."""
         cut = copy.deepcopy(model)
-        BlockPruner(cut, self.config, total_steps=1000).cut()
+        by_norm = replace(self.config, saliency="magnitude")
+        BlockPruner(cut, by_norm, total_steps=1000).cut()
         return {"scores": self.score(cut, tokenizer)}
 
     def measure(self, folder: Path, fine_tuned: Path) -> dict[str, Any]:
@@ -397,7 +398,7 @@ class Experiment:
         name = self.subject.name
         return {
             "format": 1,
-            "title": f"{name}, {task.name}, {100 * self.config.target_sparsity:.0f} % "
+            "title": f"{name}, {task.name}, {100 * self.config.target_sparsity:g} % "
             f"block-sparse ({' x '.join(map(str, self.config.block_shape))})",
             "command": self.command,
             "options": self.workspace.options,

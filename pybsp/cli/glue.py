@@ -213,6 +213,11 @@ def check_prune_options(variant: str, words: Sequence[str]) -> None:
             raise UsageError(
                 f"{option} behind -- is what the variant {variant} sets; leave one out"
             )
+        if option == "--recipe":
+            raise UsageError(
+                f"--recipe behind -- would run as {variant}; choose --variants "
+                "reweighted (the recipe ramp) or paper instead"
+            )
 
 
 def is_finished(cell: Cell, arguments: argparse.Namespace) -> bool:

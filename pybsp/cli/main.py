@@ -139,7 +139,8 @@ def show(result: Result, *, as_json: bool) -> None:
     # A file or a pipe has no width of its own.
     console = Console(width=None if sys.stdout.isatty() else 132)
     for table in result.tables:
-        console.print(table)
+        # Texts have names of folders in them, and a name may look like markup.
+        console.print(table, markup=not isinstance(table, str))
 
 
 def fail(command: str, error: BaseException, exit_status: int) -> int:

@@ -65,19 +65,22 @@ def agreement(
 
     ``inputs`` are the in-features of the packed layers. Summing ``n`` products in
     another order moves a float32 result by about ``eps sqrt(n)`` of its size; over the
-    layers these add up at most linearly, which gives the relative tolerance.
+    layers these add up at most linearly, which gives the relative tolerance. A
+    regression has no ``same_predictions``.
     """
     eps = float(np.finfo(np.float32).eps)
     scale = max(float(np.abs(dense).max()), 1e-6)
     tolerance = scale * eps * float(np.sqrt(np.asarray(inputs, dtype=np.float64)).sum())
     difference = float(np.abs(dense - packed).max())
+    classes = dense.shape[1] > 1
+    same = float((dense.argmax(1) == packed.argmax(1)).mean()) if classes else None
     return {
         "examples": len(dense),
         "max_difference": difference,
         "tolerance": tolerance,
         "largest_logit": scale,
         "agree": bool(np.isfinite(packed).all() and difference <= tolerance),
-        "same_predictions": float((dense.argmax(1) == packed.argmax(1)).mean()),
+        "same_predictions": same,
     }
 
 

@@ -72,8 +72,8 @@ def run(arguments: argparse.Namespace) -> Result:
         None if arguments.from_scratch or arguments.tiny else find_packaged("minilm")
     )
     size = TINY if arguments.tiny else PRETRAINED if packaged else FROM_SCRATCH
-    out = arguments.out or free_folder(Path("runs") / "quickstart")
     options = {"command": "quickstart", "seed": arguments.seed, **vars(size)}
+    out = arguments.out or free_folder(Path("runs") / "quickstart", options)
 
     from .workspace import Workspace, finished_results
 
@@ -157,10 +157,13 @@ def recipe(size: Size, seed: int) -> Recipe:
     )
 
 
-def free_folder(wanted: Path) -> Path:
-    """``wanted``; when that is taken, the first free of ``wanted-2``, ``wanted-3``."""
+def free_folder(wanted: Path, options: dict[str, Any]) -> Path:
+    """``wanted``; when that is taken, the first free of ``wanted-2``, ``wanted-3``. An
+    unfinished run of the same ``options`` goes on."""
+    from .workspace import is_of_another_run
+
     folder, number = wanted, 1
-    while folder.exists():
+    while folder.exists() or is_of_another_run(folder, options):
         number += 1
         folder = wanted.with_name(f"{wanted.name}-{number}")
     return folder

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -29,7 +30,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     dense_ms, packed_ms = (
         latency["candidates"][name]["median_ms"] for name in ("dense", "packed")
     )
-    table = Table(title=results["title"], title_justify="left")
+    table = Table(title=escape(results["title"]), title_justify="left")
     for heading in ("", "dense", "pruned, packed", "change"):
         table.add_column(heading, justify="left" if not heading else "right")
     before, after = scores["dense"][metric], scores["final"][metric]

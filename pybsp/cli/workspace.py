@@ -77,12 +77,28 @@ def check_same_options(old: dict[str, Any], new: dict[str, Any], place: Path) ->
         )
 
 
+def is_of_another_run(out: Path, options: dict[str, Any]) -> bool:
+    """Whether an unfinished run of other options wants to become ``out``."""
+    run = work_folder(out) / RUN
+    if not run.is_file():
+        return False
+    try:
+        check_same_options(read_json(run).get("options", {}), options, out)
+    except (UsageError, WorkError):
+        return True
+    return False
+
+
+def work_folder(out: Path) -> Path:
+    return out.with_name(out.name + ".work")
+
+
 class Workspace:
     """The folder of a run in progress; a context manager that holds its lock."""
 
     def __init__(self, out: Path, options: dict[str, Any], *, resume: bool) -> None:
         self.out = out
-        self.folder = out.with_name(out.name + ".work")
+        self.folder = work_folder(out)
         self.options = options
         self.resume = resume
         self.stages: dict[str, dict[str, Any]] = {}

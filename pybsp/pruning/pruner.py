@@ -133,8 +133,8 @@ class BlockPruner:
 
     @property
     def phase(self) -> Phase:
-        """The phase of the next step."""
-        return self.schedule.phase(self.step)
+        """The phase of the next step; the last one after a ``cut()`` ahead of time."""
+        return Phase.RETRAIN if self.at_target else self.schedule.phase(self.step)
 
     @property
     def sparsity(self) -> float:
@@ -303,8 +303,12 @@ class BlockPruner:
         self.step += 1
         if self.step >= self.schedule.cut_step:
             self.cut()
-        elif self.cfg.ramp == "cubic" and self.step in self.schedule.reweight_steps:
+        elif self._ramps_now():
             self._prune_to(self.schedule.ramp_level(self.step))
+
+    def _ramps_now(self) -> bool:
+        due = self.step in self.schedule.reweight_steps
+        return self.cfg.ramp == "cubic" and due and not self.at_target
 
     def _warn_of_thresholds(self) -> None:
         """Thresholds are easily in the wrong unit, and nothing else would tell."""

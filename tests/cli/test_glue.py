@@ -88,6 +88,7 @@ def test_a_run_that_fails_takes_no_other_along(cli, model, tmp_path):
         ("--out behind -- is set for each run", ["--", "--out", "x"]),
         ("what the variant paper sets",
          ["--variants", "paper", "--", "--recipe", "ramp"]),
+        ("choose --variants reweighted", ["--", "--recipe", "ramp"]),
         ("what the variant dropout sets",
          ["--variants", "dropout", "--", "--no-dropout"]),
         ("whole number from 0 on", ["--seeds", "-1"]),

@@ -5,7 +5,12 @@ import sys
 import pytest
 
 from pybsp.cli import bench
-from pybsp.cli.main import COMMANDS, Result
+from pybsp.cli.main import COMMANDS, Result, show
+
+
+def test_a_text_that_looks_like_markup_is_shown_as_it_is(capsys):
+    show(Result({}, ["Saved in runs/[v2]/x, runs/[/v2] and [bold]"]), as_json=False)
+    assert capsys.readouterr().out == "Saved in runs/[v2]/x, runs/[/v2] and [bold]\n"
 
 
 def test_help_names_every_command(cli):

@@ -88,6 +88,11 @@ def test_agreement_is_judged_by_the_size_of_the_logits():
     assert measurement.agreement(dense, within, [384, 1536])["agree"] is True
     beyond = dense + np.float32(3 * same["tolerance"])
     assert measurement.agreement(dense, beyond, [384, 1536])["agree"] is False
+    assert same["same_predictions"] == 1
+    turned = measurement.agreement(dense, -dense, [384])
+    assert turned["same_predictions"] == 0
+    one = measurement.agreement(dense[:, :1], -dense[:, :1], [384])
+    assert one["same_predictions"] is None
     broken = np.full_like(dense, np.nan)
     assert measurement.agreement(dense, broken, [384, 1536])["agree"] is False
 

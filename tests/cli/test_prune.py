@@ -253,6 +253,17 @@ def test_as_a_program_with_a_regression(model, tmp_path):
     assert (out / "results.json").is_file()
 
 
+def test_blocks_ranked_by_gradients(model, data, tmp_path, capsys):
+    line = prune_arguments(
+        model, data, tmp_path / "out", "--saliency", "taylor", "--method", "magnitude",
+        "--json",
+    )  # fmt: skip
+    assert main(line) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["config"]["saliency"] == "taylor"
+    assert found["sparsity"]["reached"] == pytest.approx(0.8, abs=0.01)
+
+
 RECONSTRUCT = ("--recipe", "reconstruct")
 RUNS = {
     "ramp": ("--recipe", "ramp"),

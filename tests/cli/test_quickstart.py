@@ -2,6 +2,7 @@ import pytest
 
 from pybsp.cli import quickstart
 from pybsp.cli.tasks import load
+from pybsp.cli.workspace import Workspace
 
 
 @pytest.fixture
@@ -24,6 +25,19 @@ def test_it_ends_with_a_table_and_what_to_do_next(cli, tmp_path, monkeypatch):
     assert again.data["sparsity"]["reached"] == pytest.approx(0.8, abs=1e-3)
     assert again.data["config"]["phases"] == [0.0, 0.0, 1.0]
     assert again.data["recipe"]["reconstruct"], "as pybsp prune does"
+
+
+def test_an_unfinished_run_goes_on_if_it_is_the_same(tmp_path):
+    wanted, options = tmp_path / "quickstart", {"command": "quickstart", "seed": 0}
+    assert quickstart.free_folder(wanted, options) == wanted
+    with Workspace(wanted, options, resume=True):
+        pass
+    assert quickstart.free_folder(wanted, options) == wanted
+    other = {**options, "seed": 1}
+    second = tmp_path / "quickstart-2"
+    assert quickstart.free_folder(wanted, other) == second
+    (tmp_path / "quickstart.work" / "run.json").write_text("{")
+    assert quickstart.free_folder(wanted, options) == second
 
 
 @pytest.mark.usefixtures("tiny")
