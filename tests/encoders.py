@@ -76,7 +76,7 @@ TEXT = [name for name in ARCHITECTURES if name not in ("vit", "deit")]
 def build(name: str, head: str = "Model", seed: int = 0, **options: Any) -> nn.Module:
     """A dense model whose encoder has zero blocks, with weights of the usual size."""
     prefix, arguments = ARCHITECTURES[name]
-    config = getattr(transformers, f"{prefix}Config")(**arguments, **options)
+    config = getattr(transformers, f"{prefix}Config")(**{**arguments, **options})
     torch.manual_seed(seed)
     model: nn.Module = getattr(transformers, prefix + head)(config)
     for path, module in model.named_modules():

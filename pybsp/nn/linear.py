@@ -253,11 +253,15 @@ class BlockSparseLinear(nn.Module):
 
     def _bind(self) -> BlockSparseMatrix:
         values = self.weight_values
-        if self._column_major:
+        if not self.is_rounded and not isinstance(values, nn.Parameter):
+            # From torch.func.functional_call, for this call: left as it is.
+            values = values.transpose(1, 2) if self._column_major else values
+            values = ops.column_major_blocks(values)
+        elif self._column_major:
             values.data, self._column_major = values.data.transpose(1, 2), False
         if isinstance(values, nn.Parameter):
             values.data = ops.column_major_blocks(values.data)
-        else:
+        elif self.is_rounded:
             self.weight_values = values = ops.column_major_blocks(values)
         if self.weight_scales is not None:
             self.weight_scales = self.weight_scales.contiguous()
@@ -441,12 +445,10 @@ class BlockSparseLinear(nn.Module):
         old = self.weight_values
         if old.shape != matrix.values.shape:
             values = torch.empty_like(matrix.values, device=old.device)
-            trained = old.requires_grad
-            self.weight_values = (
-                values
-                if self.is_rounded
-                else nn.Parameter(values, requires_grad=trained)
-            )
+            if self.is_rounded:
+                self.weight_values = values
+            else:  # the same parameter, which an optimizer may hold
+                old.data, old.grad = values, None
         # Always new ones: native patterns, of other layers too, use the old memory.
         for name, indices in zip(
             FIELDS[1:], (matrix.crow_indices, matrix.col_indices), strict=True

@@ -243,6 +243,31 @@ def test_other_weights_for_one_call():
     assert torch.equal(native(**arguments)[0], before)
 
 
+def test_other_weights_everywhere_for_one_call():
+    model = build("bert")
+    native = packed(model)
+    arguments = text(2, 9)
+    before = native(**arguments)[0]
+    other = {name: 1.1 * p.detach() for name, p in native.named_parameters()}
+    found = torch.func.functional_call(native, other, (), arguments)[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    torch.testing.assert_close(found, model(**arguments)[0])
+    assert torch.equal(native(**arguments)[0], before)
+
+
+@torch.inference_mode()
+def test_padding_beyond_the_positions_of_mpnet():
+    model = build("mpnet", max_position_embeddings=40)
+    native = packed(model)
+    ids = torch.randint(3, 90, (2, 48))
+    ids[:, 30:] = model.config.pad_token_id
+    mask = (ids != model.config.pad_token_id).long()
+    found, expected = (m(ids, attention_mask=mask)[0] for m in (native, model))
+    torch.testing.assert_close(found[:, :30], expected[:, :30])
+
+
 @torch.inference_mode()
 def test_wrong_ids_are_index_errors():
     native = packed(build("bert"))

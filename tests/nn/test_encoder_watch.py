@@ -147,6 +147,33 @@ def test_another_pattern_is_loaded(native):
         torch.testing.assert_close(native(**arguments)[0], other(**arguments)[0])
 
 
+def test_other_numbers_of_blocks_are_in_the_same_parameters(native):
+    """An optimizer holds them."""
+    parameters = dict(native.named_parameters())
+    native.load_state_dict(build("bert", seed=5).state_dict())
+    assert all(found is parameters[name] for name, found in native.named_parameters())
+
+
+def test_the_window_of_modernbert():
+    native = packed(build("modernbert"))
+    assert_native(native, text(1, 40))
+    native.config.sliding_window = 4
+    native.layers[1].attention_type = "full_attention"
+    assert_native(native, text(1, 40))
+
+
+def test_the_positions_of_modernbert():
+    native = packed(build("modernbert", max_position_embeddings=16))
+    assert_native(native, text(1, 12))
+    native.config.max_position_embeddings = 64
+    assert_native(native, text(1, 40))
+
+
+def test_default_token_types_written_to(native):
+    native.embeddings.token_type_ids.fill_(1)
+    assert_native(native, calls=0)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_as_many_other_blocks_are_loaded(dtype):
     """Schedules of (1, n) blocks are made of the indices."""

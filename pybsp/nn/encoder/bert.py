@@ -126,6 +126,8 @@ def _read_embeddings(model: nn.Module, reader: Reader) -> EmbeddingsSpec:
     usual = torch.arange(places.shape[-1], device=places.device)
     reader.expect(torch.equal(places[0], usual), "it has its own position_ids")
     types = reader.buffer(embeddings, "token_type_ids")
+    reader.copied(places)
+    reader.copied(types)
     reader.expect(not bool(types.any()), "it has its own token_type_ids")
     norm = reader.norm(embeddings, "LayerNorm")
     return EmbeddingsSpec(words, positions, token_types, norm)

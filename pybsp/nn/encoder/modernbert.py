@@ -76,9 +76,8 @@ def _read_rotation(model: Any, kind: str, reader: Reader) -> Rotation:
         f"its rotary frequencies are {frequencies.dtype} on {frequencies.device}",
     )
     reader.copied(frequencies)
-    rows = torch.arange(
-        reader.config.max_position_embeddings, device=frequencies.device
-    )
+    length = reader.setting(reader.config, "max_position_embeddings")
+    rows = torch.arange(length, device=frequencies.device)
     # Twice the same, for both halves of a head.
     cos, sin = rotary(frequencies, rows[None], kind)
     half = cos.shape[-1] // 2
@@ -107,11 +106,13 @@ def _read_attention(layer: Any, rotation: Rotation, reader: Reader) -> Attention
         reader.dropout(attention, "out_drop")
     reader.drops(attention, attention.attention_dropout)
     window = None
-    if layer.attention_type == "sliding_attention":
+    type_ = reader.setting(layer, "attention_type")
+    if type_ == "sliding_attention":
+        reader.setting(reader.config, "local_attention")  # twice the window
         window = reader.config.sliding_window
     else:
-        full = layer.attention_type == "full_attention"
-        reader.expect(full, f"its attention is of type {layer.attention_type!r}")
+        full = type_ == "full_attention"
+        reader.expect(full, f"its attention is of type {type_!r}")
     return AttentionSpec(
         (reader.linear(attention, "Wqkv"),),
         reader.linear(attention, "Wo"),

@@ -10,7 +10,7 @@ from torch import nn
 from ...ops import AttentionSpec, EmbeddingsSpec, EncoderSpec, LayerSpec
 from .bert import bert_inputs, positions_after_padding, read_intermediate
 from .forward import Inputs, Reading
-from .reader import Reader
+from .reader import Deviation, Reader
 
 
 def read_mpnet(model: nn.Module, reader: Reader) -> Reading:
@@ -46,8 +46,11 @@ def mpnet_inputs(
         model, input_ids, attention_mask, None, position_ids, *others, **options
     )
     assert ids is not None
+    embeddings: Any = model._modules["embeddings"]
+    if ids.shape[1] > embeddings.position_embeddings.weight.shape[0]:
+        # Padding may reach further than the positions of tokens.
+        raise Deviation("it was called with more tokens than it has positions")
     if positions is None:
-        embeddings: Any = model._modules["embeddings"]
         positions = positions_after_padding(ids, embeddings.padding_idx)
     return ids, None, mask, None, positions
 
