@@ -307,10 +307,17 @@ def test_an_exported_layer_computes_in_float32_under_autocast(dtype: str) -> Non
     module = torch.nn.Sequential(torch.nn.Linear(18, 18), second).eval()
     x = torch.randn(400, 18)
     exported = torch.export.export(module, (x,)).module()
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         y = exported(x)
         assert y.dtype == torch.float32
         torch.testing.assert_close(y, module(x))
+        if dtype != "bfloat16":
+            y.sum().backward()
+            found = [p.grad.clone() for p in exported.parameters()]  # type: ignore[union-attr]
+            module.zero_grad()
+            module(x).sum().backward()
+            expected = [p.grad for p in module.parameters()]
+            torch.testing.assert_close(found, expected)
 
 
 def test_a_matrix_that_is_not_on_the_cpu_is_refused() -> None:

@@ -160,7 +160,8 @@ def check_dense(folder: Path, findings: Findings) -> None:
         total += weight.numel()
     if total:
         findings.facts["sparsity"] = round(removed / total, 6)
-        compare_sparsity(findings)
+        settled = getattr(model.config, "quantization_config", None) or {}
+        compare_sparsity(settled.get("sparsity"), findings)
 
 
 def add_layer(
@@ -191,8 +192,7 @@ def add_layer(
         findings.hints.append(f"'{name}' has no zero block and stays dense")
 
 
-def compare_sparsity(findings: Findings) -> None:
-    recorded = (findings.facts.get("record") or {}).get("sparsity")
+def compare_sparsity(recorded: Any, findings: Findings) -> None:
     found = findings.facts["sparsity"]
     if isinstance(recorded, (int, float)) and abs(recorded - found) > 1e-3:
         findings.problems.append(

@@ -81,8 +81,15 @@ def _settle_record(record: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
     names = dict(model.named_modules(remove_duplicate=False))
     settled: dict[str, Any] = {**record, "modules": {}}
-    for key, shape in recorded_modules(record).items():
-        name = recorded_name(model, key, names)
+    modules = recorded_modules(record)
+    found = {key: recorded_name(model, key, names) for key in modules}
+    # Of a model around this one, other parts may be recorded as well.
+    around = any(name not in (None, key) for key, name in found.items())
+    for key, shape in modules.items():
+        name = found[key]
+        if name is None and around:
+            settled.pop("sparsity", None)  # of those parts too
+            continue
         if name is None:
             raise WorkError(
                 f"the pybsp record names '{key}', which {type(model).__name__} has not"

@@ -179,8 +179,7 @@ class Distiller:
             named = inspect.signature(student.forward).bind_partial(*args).arguments
             kwargs = {**named, **kwargs}
         mask = kwargs.get("attention_mask")
-        problem = getattr(getattr(student, "config", None), "problem_type", None)
-        output["loss"] = self._loss(output, wanted, mask, problem)
+        output["loss"] = self._loss(output, wanted, mask, student)
         return output
 
     def _teacher_outputs(
@@ -202,7 +201,7 @@ class Distiller:
         output: Mapping[str, Any],
         wanted: TeacherOutputs,
         mask: Any,
-        problem: str | None,
+        student: nn.Module,
     ) -> torch.Tensor:
         loss: Any = output.get("loss")
         ours = named_logits(output)
@@ -219,7 +218,7 @@ class Distiller:
         total: Any = 0.0 if loss is None else (1.0 - weight) * loss
         if weight:
             parts = [
-                self._logits(name, ours[name], wanted.logits[name], mask, problem)
+                self._logits(name, ours[name], wanted.logits[name], mask, student)
                 for name in names
             ]
             total = total + weight * torch.stack(parts).mean()
@@ -235,12 +234,18 @@ class Distiller:
         ours: torch.Tensor,
         theirs: torch.Tensor,
         mask: Any,
-        problem: str | None,
+        student: nn.Module,
     ) -> torch.Tensor:
-        if name != "logits" or ours.dim() != 2:
-            problem = None  # saved with a classifier, and not read by other heads
-        of_tokens = name in OVER_TOKENS and mask is not None
-        if of_tokens and mask.shape == ours.shape == theirs.shape:
+        config, problem = getattr(student, "config", None), None
+        of_tokens = mask is not None and mask.shape == ours.shape == theirs.shape
+        if name == "logits" and ours.dim() == 2:
+            # saved with a classifier, and not read by other heads
+            problem = getattr(config, "problem_type", None)
+            if of_tokens and ours.shape[1] != getattr(config, "num_labels", None):
+                # a choice for each token, as of ELECTRA's discriminator
+                problem, kept = "multi_label_classification", mask.bool()
+                ours, theirs = (z[kept.to(z.device)][None] for z in (ours, theirs))
+        elif name in OVER_TOKENS and of_tokens:
             padding = ~mask.bool()
             ours, theirs = (
                 z.float().masked_fill(padding.to(z.device), _NO_TOKEN)

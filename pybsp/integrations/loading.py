@@ -13,7 +13,7 @@ from torch import nn
 from .. import ops
 from ..blocks import BlockShape
 from ..nn.linear import FIELDS, BlockSparseLinear
-from ..pruning.record import same_layer
+from ..pruning.record import layer_recorded
 from .outdated import same_weights
 from .packed_file import PACKED_FILE, PackedLayer, dense_files
 
@@ -98,8 +98,7 @@ def recorded_name(model: nn.Module, name: str, names: Collection[str]) -> str | 
 
     The record may be that of any model around this one or inside of it.
     """
-    found = name_in_model(model, name, names)
-    return found or next((own for own in names if same_layer(name, own)), None)
+    return name_in_model(model, name, names) or layer_recorded(name, names)
 
 
 def prepare_layers(

@@ -96,8 +96,9 @@ class TeacherCache:
     ) -> None:
         """Remember the outputs of the examples that fit."""
         stacked = None
+        tokens = inputs["attention_mask"].shape if keys else None
         for name, logits in outputs.logits.items():
-            if logits.dim() != 2 or name in OVER_TOKENS:
+            if logits.dim() != 2 or name in OVER_TOKENS or logits.shape == tokens:
                 return  # one for each token: of another shape in every batch
         if keys and outputs.hidden_states and self.used < self.limit:
             stacked = torch.stack(outputs.hidden_states).half().cpu()

@@ -20,7 +20,7 @@ from ..blocks import (
 )
 from ..matrix import BlockSparseMatrix
 from ..pruning.names import is_among
-from ..pruning.record import same_layer
+from ..pruning.record import by_layer
 from .detect import detect_block_shape
 from .linear import FIELDS, SCALES, BlockSparseLinear
 from .report import LayerReport
@@ -245,13 +245,12 @@ def recorded_block_shapes(model: nn.Module) -> Callable[[str], BlockShapeSpec | 
         return lambda name: None  # noqa: ARG005
     modules: dict[str, Any] = dict(record.get("modules") or {})
     default = record.get("block_shape") if not modules else None
+    # A head model names the layers of its base model with a prefix.
+    shapes = by_layer(modules, [n for names, _ in _linear_layers(model) for n in names])
 
     def look_up(name: str) -> BlockShapeSpec | None:
-        # A head model names the layers of its base model with a prefix.
-        for key, shape in modules.items():
-            if same_layer(key, name):
-                return check_block_shape_spec(shape)
-        return default and check_block_shape_spec(default)
+        shape = shapes.get(name, default)
+        return shape and check_block_shape_spec(shape)
 
     return look_up
 

@@ -404,7 +404,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     needs = ctx.needs_input_grad
     x, values, crow_indices, col_indices = ctx.saved_tensors
     grad_x, grad_values, grad_bias = gradients(
-        grad, x, values, crow_indices, col_indices, ctx.shape,
+        grad, x.to(grad.dtype), values, crow_indices, col_indices, ctx.shape,
         (needs[0], needs[1], needs[4]),
     )  # fmt: skip
     return grad_x, grad_values, None, None, grad_bias, None, None

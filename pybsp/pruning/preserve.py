@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 from ..blocks import BlockShape, BlockShapeSpec, grid_shape, resolve_block_shape
 from .hooks import StepHooks, inner_optimizer, learning_rates
 from .penalty import block_norms, mask_blocks_
-from .record import pruned_embeddings, recorded_block_shape, same_layer
+from .record import by_layer, pruned_embeddings, recorded_block_shape
 from .targets import check_not_packed, linear_modules, unwrap_model
 
 
@@ -90,11 +91,13 @@ def preserve_sparsity(
     held = learning_rates(inner)
     kept: list[_Kept] = []
     seen: set[int] = set()
-    for name, module in linear_modules(model).items():
+    linears = linear_modules(model)
+    in_config = _in_config(model, linears)
+    for name, module in linears.items():
         if id(module.weight) in seen or id(module.weight) not in held:
             continue
         seen.add(id(module.weight))
-        entry = _entry(model, name, module, block_shape)
+        entry = _entry(name, module, block_shape, in_config)
         if entry is not None:
             kept.append(entry)
     for name, shape in pruned_embeddings(model).items():
@@ -113,13 +116,16 @@ def preserve_sparsity(
 
 
 def _entry(
-    model: nn.Module, name: str, module: nn.Linear, given: BlockShapeSpec | None
+    name: str,
+    module: nn.Linear,
+    given: BlockShapeSpec | None,
+    in_config: Mapping[str, Sequence[int]],
 ) -> _Kept | None:
     weight = module.weight.detach()
     zeros = weight.numel() - int(weight.count_nonzero())
     if zeros == 0:
         return None
-    shape = _block_shape(model, name, module, given)
+    shape = _block_shape(name, module, given, in_config)
     if shape is None:
         if zeros == weight.numel():
             return None
@@ -129,7 +135,10 @@ def _entry(
 
 
 def _block_shape(
-    model: nn.Module, name: str, module: nn.Linear, given: BlockShapeSpec | None
+    name: str,
+    module: nn.Linear,
+    given: BlockShapeSpec | None,
+    in_config: Mapping[str, Sequence[int]],
 ) -> BlockShape | None:
     if given is not None:
         try:
@@ -139,16 +148,22 @@ def _block_shape(
     recorded = recorded_block_shape(module)
     if recorded is not None:
         return recorded
-    record = getattr(getattr(model, "config", None), "quantization_config", None)
-    modules = record.get("modules", {}) if isinstance(record, dict) else {}
-    listed = modules.get(name) or next(
-        (shape for key, shape in modules.items() if same_layer(key, name)), None
-    )
+    listed = in_config.get(name)
     if listed is None:
         return None
     shape = (int(listed[0]), int(listed[1]))
-    grid_shape(module.weight.shape, shape)
+    try:
+        grid_shape(module.weight.shape, shape)
+    except ValueError as error:
+        raise ValueError(f"module '{name}' is recorded, but {error}") from None
     return shape
+
+
+def _in_config(model: nn.Module, names: Collection[str]) -> dict[str, Sequence[int]]:
+    """Block shapes that the record in ``model.config`` has, by ``names``."""
+    record = getattr(getattr(model, "config", None), "quantization_config", None)
+    modules = record.get("modules", {}) if isinstance(record, dict) else {}
+    return by_layer(modules, names)
 
 
 def _mask_(tensor: torch.Tensor, entry: _Kept) -> None:

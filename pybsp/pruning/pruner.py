@@ -73,6 +73,7 @@ class BlockPruner:
             check_feasible(pool, cfg.max_layer_sparsity)
         self.step = 0
         self.at_target = False
+        self._cut_at = self.schedule.cut_step
         self.masks: dict[str, torch.Tensor] = {}
         self.regulariser = Regulariser(cfg, self.targets, self.pools)
         self.saliency = GradientSaliency(cfg, self.targets)
@@ -154,12 +155,13 @@ class BlockPruner:
         if self.phase is Phase.REGULARISE and self.cfg.penalised:
             penalty = self.regulariser.value(self._weights())
             strength = self.regulariser.strength()
+        masked_steps = self.step - self._cut_at if self.at_target else 0
         return {
             "pybsp/sparsity": self.sparsity,
             "pybsp/phase": float(self.phase),
             "pybsp/penalty": penalty,
             "pybsp/lambda": strength,
-            "pybsp/masked_steps": float(max(0, self.step - self.schedule.cut_step)),
+            "pybsp/masked_steps": float(masked_steps),
         }
 
     @torch.no_grad()
@@ -172,7 +174,7 @@ class BlockPruner:
         """
         if not self.at_target:
             self._prune_to(1.0)
-            self.at_target = True
+            self.at_target, self._cut_at = True, self.step
             self.regulariser.stop()
             self.saliency.stop()
             self._pack()
@@ -242,6 +244,7 @@ class BlockPruner:
         check_state(state, self)
         self.step = int(state["step"])
         self.at_target = bool(state["at_target"])
+        self._cut_at = min(self.step, self.schedule.cut_step)
         strengths = state["strengths"].items()
         self.regulariser.strengths = {k: float(v) for k, v in strengths}
         weights = self._weights()

@@ -7,9 +7,9 @@ is dense with zero blocks says how to pack itself, and loads anywhere without it
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from .targets import Target, embedding_modules, linear_modules, unwrap_model
 
 FORMAT_VERSION = 1
 
+T = TypeVar("T")
+
 
 def recorded_block_shape(module: nn.Module) -> BlockShape | None:
     """``module.pybsp_block_shape`` when a pruner has set it."""
@@ -26,14 +28,26 @@ def recorded_block_shape(module: nn.Module) -> BlockShape | None:
     return None if shape is None else check_block_shape(shape)
 
 
-def same_layer(recorded: str, name: str) -> bool:
-    """Whether a recorded name is that of ``name``, maybe as a model around this one or
-    inside of it calls it."""
-    return (
-        recorded == name
-        or recorded.endswith(f".{name}")
-        or name.endswith(f".{recorded}")
-    )
+def layer_recorded(recorded: str, names: Collection[str]) -> str | None:
+    """Which of ``names`` a recorded one means, maybe as a model around theirs or inside
+    of it calls that; None where it is none of them or might be several."""
+    if recorded in names:
+        return recorded
+    if inner := [name for name in names if recorded.endswith(f".{name}")]:
+        return max(inner, key=len)
+    outer = [name for name in names if name.endswith(f".{recorded}")]
+    return outer[0] if len(outer) == 1 else None
+
+
+def by_layer(recorded: Mapping[str, T], names: Collection[str]) -> dict[str, T]:
+    """``recorded`` by ``names``. What is recorded by its own name is not taken for
+    another."""
+    found = {}
+    for key, value in recorded.items():
+        name = layer_recorded(key, names)
+        if name is not None and (name == key or name not in recorded):
+            found[name] = value
+    return found
 
 
 def zero_blocks(weight: torch.Tensor, block_shape: BlockShape) -> torch.Tensor:

@@ -135,6 +135,16 @@ def test_the_base_model_of_a_pruned_head_model(cli, tmp_path):
     assert record["embeddings"] == {TABLE.removeprefix("bert."): [1, 64]}
 
 
+def test_the_base_model_of_a_head_model_whose_head_was_pruned(cli, tmp_path):
+    model = recorded(classifier())
+    model.classifier.pybsp_block_shape = (1, 1)
+    model.config.quantization_config = sparsity_record(model)
+    model.bert.save_pretrained(tmp_path)
+    assert "classifier" in record_in(tmp_path)["modules"]
+    record = check_and_pack(cli, tmp_path)
+    assert set(record["modules"]) == set(encoder_layers(model.bert))
+
+
 class Sentences(nn.Sequential):
     """As a SentenceTransformer holds its model and hands out its config."""
 

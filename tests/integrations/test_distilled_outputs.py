@@ -138,6 +138,36 @@ def test_logits_of_tokens_are_classes_whatever_a_classifier_was_trained_for() ->
         torch.testing.assert_close(tagger(**inputs).loss, expected)
 
 
+def test_one_logit_for_each_token_is_a_choice_and_is_not_kept() -> None:
+    """ELECTRA's discriminator."""
+
+    class Discriminator(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tagger = BertForTokenClassification(tiny_bert().config)
+            self.config = self.tagger.config
+
+        def forward(self, **inputs: Any) -> Any:
+            output = self.tagger(**inputs)
+            output["logits"] = output["logits"][..., 0]
+            return output
+
+    student = Discriminator().train()
+    teacher, inputs = moved(student), batch(labels=False)
+    kept = inputs["attention_mask"].bool()
+    ours, theirs = (
+        torch.stack([z[kept], torch.zeros_like(z[kept])], 1)
+        for z in (student(**inputs).logits, teacher.eval()(**inputs).logits)
+    )
+    cfg = DistillationConfig(hidden_states=0.0, cache_bytes=1 << 20)
+    longer = {key: F.pad(value, (0, 3)) for key, value in inputs.items()}
+    with Distiller(student, teacher, cfg) as distiller:
+        expected = divergence(ours, theirs)
+        torch.testing.assert_close(student(**inputs).loss, expected)
+        assert distiller.cache.used == 0
+        torch.testing.assert_close(student(**longer).loss, expected)
+
+
 def test_padding_does_not_count_without_keywords_either() -> None:
     student = tiny_bert().train()
     inputs: dict[str, Any] = batch(labels=False)

@@ -113,6 +113,7 @@ def test_a_cut_ahead_of_time_is_the_last(penalty: Any, packed: bool) -> None:
     assert pruner.metrics()["pybsp/penalty"] == 0
     train(model, optimizer, range(STEPS // 2, STEPS))
     assert all(torch.equal(pruner.masks[name], masks[name]) for name in masks)
+    assert pruner.metrics()["pybsp/masked_steps"] == STEPS - STEPS // 2
     assert not pruner.regulariser.factors
     assert pruner.sparsity == pytest.approx(0.8, abs=0.01)
     pruner.finalize()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import pybsp
 from pybsp import print_sparsity
 from pybsp.nn.linear import BlockSparseLinear
 from pybsp.pruning import model_sparsity, sparsity_record
+from pybsp.pruning.record import by_layer, layer_recorded
 
 
 def pruned() -> nn.Sequential:
@@ -154,3 +156,25 @@ def test_shapes_of_a_record_are_found_from_around_the_model():
     optimizer = torch.optim.SGD(around.parameters(), lr=0.1)
     with pybsp.preserve_sparsity(around, optimizer) as kept:
         assert [entry.block_shape for entry in kept._kept] == [(4, 1)]
+
+
+def test_a_layer_of_a_record_is_not_another_whose_name_ends_so():
+    names = ["enc.dense", "dense", "head", "a.out", "b.out", "bert.pooler"]
+    recorded = {"enc.dense": 1, "out": 2, "pooler": 3, "model.head": 4, "x": 5}
+    found = {"enc.dense": 1, "bert.pooler": 3, "head": 4}
+    assert by_layer(recorded, names) == found
+    assert layer_recorded("0.enc.dense", names) == "enc.dense"
+    assert layer_recorded("out", names) is None
+
+
+def test_a_new_head_is_not_taken_for_a_pruned_layer():
+    model = nn.Module()
+    model.enc, model.dense = nn.Module(), nn.Linear(16, 3)
+    model.enc.dense = nn.Linear(16, 16)
+    nn.init.zeros_(model.dense.weight)
+    model.enc.dense.weight.data[:8] = 0
+    modules = {"enc.dense": [8, 1]}
+    model.config = SimpleNamespace(quantization_config={"modules": modules})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pybsp.preserve_sparsity(model, optimizer) as kept:
+        assert [entry.name for entry in kept._kept] == ["enc.dense"]
