@@ -479,6 +479,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "glue_variants": lambda: variants(names=(BEFORE, "one-cut", "per-layer")),
     "glue_blocks": blocks,
     "ablation_penalty": ablation("penalty", "no-penalty"),
+    "ablation_saliency": ablation("saliency", "norms"),
     "ablation_recipe": ablation("recipe", BEFORE, "high-rate"),
     "linear": linear,
     "one_shot": one_shot,

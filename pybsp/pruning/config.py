@@ -14,7 +14,7 @@ Method = Literal["reweighted_group_lasso", "group_lasso", "magnitude"]
 Penalty = Literal["gradient", "decoupled", "proximal"]
 Scope = Literal["global", "layer", "balanced"]
 Ranking = Literal["norm", "rms", "relative"]
-Saliency = Literal["magnitude", "taylor", "movement"]
+Saliency = Literal["magnitude", "taylor"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("reweighted_group_lasso", "group_lasso", "magnitude"),
@@ -23,7 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "lambda_scaling": ("none", "sqrt_block_size"),
     "ramp": ("one_shot", "cubic"),
     "ranking": ("norm", "rms", "relative"),
-    "saliency": ("magnitude", "taylor", "movement"),
+    "saliency": ("magnitude", "taylor"),
 }
 OVERRIDABLE = ("block_shape", "target_sparsity", "threshold")
 
@@ -76,8 +76,8 @@ class BlockPruningConfig:
         ranking: score of a block: its ``"norm"``, its ``"rms"`` (norm over
             ``sqrt(r * c)``), or ``"relative"``: the rms over the layer's mean rms.
         saliency: what scores a block: the ``"magnitude"`` of its weights (see
-            ``ranking``), or gradients gathered until the cut, by first-order
-            ``"taylor"`` expansion or as ``"movement"`` away from zero.
+            ``ranking``), or a first-order ``"taylor"`` expansion of the loss by
+            gradients gathered until the cut.
         threshold: cut every block whose score (see ``ranking``) is at most this, in
             place of a fixed fraction of them (Li et al. 2020). How many that are is up
             to the training, but for ``max_layer_sparsity``; ``target_sparsity`` does

@@ -1,13 +1,11 @@
 """How much the loss would change without a block, gathered from gradients.
 
 With ``g`` the gradient of a weight, to first order the loss changes by ``w g`` when the
-weight goes, so over a block and the steps ``t``::
+weight goes, so of a block and over the steps it is
 
     taylor      running mean of (sum_b w g)^2      Molchanov et al. 2019 (1906.10771)
-    movement    -sum_t sum_b w g                   Sanh et al. 2020 (2005.07683)
 
-The first asks how much the block matters as it is, the second whether training moves it
-away from zero. Both are in units of the loss, whatever the layer.
+in units of the loss, whatever the layer.
 """
 
 from __future__ import annotations
@@ -43,12 +41,8 @@ class GradientSaliency:
             product = (weight.detach() * weight.grad).float() / scale
             sums = block_view(product, self.targets[name].block_shape).sum((2, 3))
             old = self.scores.get(name)
-            if self.kind == "movement":
-                new = -sums if old is None else old - sums
-            else:
-                squares = sums.square_()
-                new = squares if old is None else old.lerp(squares, RATE)
-            self.scores[name] = new
+            squares = sums.square_()
+            self.scores[name] = squares if old is None else old.lerp(squares, RATE)
 
     def block_scores(self) -> dict[str, torch.Tensor]:
         """The scores for a ranking of blocks of any size: per weight of a block."""

@@ -102,7 +102,7 @@ def test_refresh_in_steps_that_never_fires_is_refused(method: str) -> None:
         PruningSchedule.from_config(cfg, 100)
 
 
-@pytest.mark.parametrize("saliency", ["taylor", "movement"])
+@pytest.mark.parametrize("saliency", ["taylor"])
 @pytest.mark.parametrize("phases", [(0.0, 0.0, 1.0), (0, 0, 20)])
 def test_gradients_need_steps_before_the_cut(
     saliency: Any, phases: tuple[float, float, float]
