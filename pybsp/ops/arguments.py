@@ -104,12 +104,12 @@ def operands(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``x`` and ``bias`` of an operator, whose callers may have checked nothing: an
     exported graph calls it without the functions around it."""
-    x = autocast(_plain(x))
+    x = autocast(plain(x))
     check_float32(x=x)
-    return x, None if bias is None else checked_bias(_plain(bias), out_features)
+    return x, None if bias is None else checked_bias(plain(bias), out_features)
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
+def plain(tensor: torch.Tensor) -> torch.Tensor:
     """The caller's may be a parameter or of a class of its own."""
     return tensor.detach().as_subclass(torch.Tensor).resolve_neg()
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import reference
-from .arguments import check_cpu, check_float32
+from .arguments import check_cpu, check_float32, plain
 from .fields import bind_pattern, column_major_blocks
 
 
@@ -94,7 +94,7 @@ class _Reference:
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     """Contiguous memory that shows what the tensor does, of torch's own class."""
-    return tensor.detach().as_subclass(torch.Tensor).resolve_neg().contiguous()
+    return plain(tensor).contiguous()
 
 
 def _grad_x(
@@ -151,7 +151,7 @@ def _block_sparse_grad_x(
         )
     check_float32(grad=grad)
     check_cpu(values=values)
-    values = column_major_blocks(_plain_values(values))
+    values = column_major_blocks(plain(values))
     pattern = bind_pattern(crow_indices, col_indices, values, shape)
     return _grad_x(pattern, _plain(grad), values, in_features)
 
@@ -183,10 +183,6 @@ def _block_sparse_grad_values(
         crow_indices, col_indices, values, (grad.shape[-1], x.shape[-1])
     )
     return _grad_values(pattern, _plain(grad), _plain(x), shape)
-
-
-def _plain_values(values: torch.Tensor) -> torch.Tensor:
-    return values.detach().as_subclass(torch.Tensor).resolve_neg()
 
 
 @_block_sparse_grad_x.register_fake

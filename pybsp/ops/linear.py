@@ -28,7 +28,6 @@ from .gradients import gradients
 from .int8 import EagerInt8Product, check_input_scale, multiply_int8
 
 # Global names: an attribute of torch costs a twentieth of a microsecond a look-up.
-_cpu = torch.device("cpu")
 _float32 = torch.float32
 _bfloat16 = torch.bfloat16
 _plain_tensors = {torch.Tensor, torch.nn.Parameter}
