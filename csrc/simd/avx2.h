@@ -54,11 +54,6 @@ inline Vec scale_by_pow2(Vec a, Vec, Vec shifted, Vec lowest) {
   return _mm256_and_ps(_mm256_castsi256_ps(scaled),
                        _mm256_cmp_ps(shifted, lowest, _CMP_NLT_UQ));
 }
-// a less the nearest integer, for |a| < 2^22. shifted is a + shift, and shift an even
-// integer with which the sum has no bits for a fraction.
-inline Vec fraction(Vec a, Vec shifted, Vec shift) {
-  return sub(a, sub(shifted, shift));
-}
 inline float reduce_add(Vec a) {
   __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   b = _mm_add_ps(b, _mm_movehl_ps(b, b));

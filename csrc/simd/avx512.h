@@ -51,9 +51,6 @@ inline Vec scale_by_pow2(Vec a, Vec n, Vec shifted, Vec lowest) {
   const __mmask16 kept = _mm512_cmp_ps_mask(shifted, lowest, _CMP_NLT_UQ);
   return _mm512_maskz_scalef_ps(kept, a, n);
 }
-// a less the nearest integer, for |a| < 2^22. shifted is a + shift, and shift an even
-// integer with which the sum has no bits for a fraction.
-inline Vec fraction(Vec a, Vec, Vec) { return _mm512_reduce_ps(a, 0); }
 // table[i mod 32] of the integers i in the low bits of i + 1.5 * 2^23.
 inline Vec lookup(const float (&table)[32], Vec shifted) {
   return _mm512_permutex2var_ps(load(table), _mm512_castps_si512(shifted),

@@ -62,9 +62,6 @@ inline Vec max(Vec a, Vec b) { return select_gt(a, b, a, b); }
 inline Vec scale_by_pow2(Vec a, Vec, Vec shifted, Vec lowest) {
   return (Vec)(((Words)a + ((Words)shifted << 23)) & ~(Words)(shifted < lowest));
 }
-// a less the nearest integer, for |a| < 2^22. shifted is a + shift, and shift an even
-// integer with which the sum has no bits for a fraction.
-inline Vec fraction(Vec a, Vec shifted, Vec shift) { return a - (shifted - shift); }
 inline float reduce_add(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 inline void transpose(Vec (&a)[kLanes]) {
   for (int i = 0; i < kLanes; ++i) {

@@ -59,11 +59,6 @@ inline Vec scale_by_pow2(Vec a, Vec, Vec shifted, Vec lowest) {
   const uint32x4_t scaled = vaddq_u32(vreinterpretq_u32_f32(a), n);
   return vreinterpretq_f32_u32(vbicq_u32(scaled, vcltq_f32(shifted, lowest)));
 }
-// a less the nearest integer, for |a| < 2^22. shifted is a + shift, and shift an even
-// integer with which the sum has no bits for a fraction.
-inline Vec fraction(Vec a, Vec shifted, Vec shift) {
-  return vsubq_f32(a, vsubq_f32(shifted, shift));
-}
 inline float reduce_add(Vec a) { return vaddvq_f32(a); }
 inline void transpose(Vec (&a)[kLanes]) {
   float32x4_t ab_lo = vtrn1q_f32(a[0], a[1]), ab_hi = vtrn2q_f32(a[0], a[1]);
