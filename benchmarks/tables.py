@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ GLUE_TASKS = ("mrpc", "stsb", "cola", "rte", "sst2")
 #: today's rate belongs beside it.
 DEFAULT, BEFORE = "reconstruct", "layer-error"
 USUAL_BLOCK = "8,1"
+#: What follows the name of a section's results from the CPU before.
+OTHER_CPU = "_xeon"
 METRICS = {"accuracy": "accuracy", "f1": "F1", "matthews": "Matthews correlation"}
 
 
@@ -264,33 +266,40 @@ def linear() -> str:
     return markdown(head, rows)
 
 
+def measured() -> Iterator[tuple[section.Section, dict[str, Any]]]:
+    """The saved runs of every section, those of ``OTHER_CPU`` after those here."""
+    for part in SECTIONS:
+        for run in [*load(f"{part.name}.json"), *load(f"{part.name}{OTHER_CPU}.json")]:
+            yield part, run
+
+
 def numbers() -> str:
     """What every section was to reach, and the command that measures it."""
-    head, rows = ("what", "target", "measured", "reached", "command"), []
-    for part in SECTIONS:
-        for run in load(f"{part.name}.json"):
-            _, found = section.numbers(run.get("targets", []))
-            rows += [[*row, f"`python -m benchmarks.{part.name}`"] for row in found]
+    head, rows = ("what", "target", "measured", "reached", "CPU", "command"), []
+    for part, run in measured():
+        where = run["environment"]
+        cpu = f"{where['cpu'].split()[0].removesuffix('(R)')}, {where['isa']}"
+        _, found = section.numbers(run.get("targets", []))
+        rows += [[*row, cpu, f"`python -m benchmarks.{part.name}`"] for row in found]
     return markdown(head, rows)
 
 
 def machine() -> str:
     """On what, and from which sources, the sections were measured."""
     found: dict[str, list[str]] = {}
-    for part in SECTIONS:
-        for run in load(f"{part.name}.json"):
-            where = run["environment"]
-            peers = ", ".join(f"{name} {v}" for name, v in where["peers"].items())
-            text = f"{where['cpu']}, {where['isa']}, {peers}, commit {run['commit']}"
-            found.setdefault(text, []).append(part.name)
+    for _, run in measured():
+        where = run["environment"]
+        peers = ", ".join(f"{name} {v}" for name, v in where["peers"].items())
+        text = f"{where['cpu']}, {where['isa']}, {peers}, commit {run['commit']}"
+        found.setdefault(text, []).append(run["run"])
     return "\n".join(f"- {text}: {', '.join(names)}" for text, names in found.items())
 
 
-def of_section(part: section.Section) -> Callable[[], str]:
-    """The summary that the section's command prints."""
+def of_section(part: section.Section, cpu: str = "") -> Callable[[], str]:
+    """The summary that the section's command prints, here or on ``OTHER_CPU``."""
 
     def table() -> str:
-        runs = load(f"{part.name}.json")
+        runs = load(f"{part.name}{cpu}.json")
         command = f"`python -m benchmarks.{part.name}`"
         return markdown(*part.summary(runs[0])) if runs else f"Run {command}."
 
@@ -493,6 +502,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "numbers": numbers,
     "machine": machine,
     **{part.name: of_section(part) for part in SECTIONS},
+    **{f"{part.name}{OTHER_CPU}": of_section(part, OTHER_CPU) for part in SECTIONS},
 }
 
 

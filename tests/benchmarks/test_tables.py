@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import figures, layers, result, section, tables
 from benchmarks.sections import SECTIONS
+from pybsp.cli import environment
 
 ROW = {"layer": "bert_base_ffn_up", "M": 128, "K": 768, "N": 3072, "peak_gflops": 240.0}
 
@@ -31,14 +32,25 @@ def test_every_table_of_the_documentation_is_known() -> None:
 
 
 @pytest.mark.usefixtures("results")
-def test_targets_stand_beside_their_command() -> None:
-    targets = section.reach("speed", [0.5], every=0.8)
-    result.save("kernel", {"rows": [], "targets": targets})
-    lines = tables.numbers().splitlines()
-    assert lines[2:] == [
-        "| speed | >= 0.80 | 0.50 | **no** | `python -m benchmarks.kernel` |"
+def test_targets_stand_beside_their_cpu_and_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for cpu, isa, name, found in (
+        ("AMD EPYC", "avx512_vnni", "kernel", 0.9),
+        ("Intel(R) Xeon(R) Processor", "amx", "kernel_xeon", 0.5),
+    ):
+        where = {"cpu": cpu, "isa": isa}
+        monkeypatch.setattr(environment, "describe", lambda where=where: where)
+        targets = section.reach("speed", [found], every=0.8)
+        result.save(name, {"rows": [], "targets": targets})
+    command = "`python -m benchmarks.kernel`"
+    assert tables.numbers().splitlines()[2:] == [
+        f"| speed | >= 0.80 | 0.90 | yes | AMD, avx512_vnni | {command} |",
+        f"| speed | >= 0.80 | 0.50 | **no** | Intel, amx | {command} |",
     ]
-    assert tables.machine().endswith(": kernel")
+    kinds = [line.split(", ")[0] for line in tables.machine().splitlines()]
+    assert kinds == ["- AMD EPYC", "- Intel(R) Xeon(R) Processor"]
+    assert tables.machine().endswith(": kernel_xeon")
 
 
 @pytest.mark.usefixtures("results")

@@ -52,6 +52,14 @@ def test_version_names_pybsp_torch_and_isa(cli):
     assert "isa" in run.stdout
 
 
+def test_the_package_runs_as_the_command(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "pybsp", "--version"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert run.stdout.startswith("pybsp ")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
