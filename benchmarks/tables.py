@@ -96,13 +96,15 @@ def latencies(
     return timed
 
 
-def dense_scores(task: str, variant: str) -> dict[int, float]:
-    """The dense model's score by seed, of those that a variant started from."""
-    return {
-        cell.seed: cell_score(cell, "dense")
+def mean_dense(task: str, variant: str) -> float:
+    """Of the dense models that a variant started from: one for each seed and CPU,
+    which rounds its own way."""
+    models = {
+        (cell.seed, cell_score(cell, "dense"))
         for cell in studied()
         if (cell.task, cell.variant) == (task, variant)
     }
+    return statistics.fmean(score for _, score in models)
 
 
 def score_rows(
@@ -121,9 +123,7 @@ def glue(variant: str = DEFAULT) -> str:
     """Dev scores by block and sparsity: the dense model's first."""
     found, timed = by_variant(variant), latencies(variant)
     tasks = [task for task in GLUE_TASKS if any(task in row for row in found.values())]
-    dense = {
-        task: statistics.fmean(dense_scores(task, variant).values()) for task in tasks
-    }
+    dense = {task: mean_dense(task, variant) for task in tasks}
     rows = [["", "dense", *(f"{dense[task]:.1f}" for task in tasks), "", "", ""]]
     for (_, sparsity, block), scores in zip(
         found, score_rows(found, tasks), strict=True
