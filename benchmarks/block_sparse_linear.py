@@ -98,7 +98,7 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             case = f"M >= 96, {100 * sparsity:.0f} %, over the best dense peer"
             found += reach(what + case,
                            of("speedup", kind, sparsity, *large), median=bound,
-                           form="{:.1f}x")  # fmt: skip
+                           form="{:.2f}x")  # fmt: skip
         for tokens in (16, 32):
             found += reach(what + f"M = {tokens}, 80 %, of FMA peak",
                            of("of_peak", kind, 0.8, tokens), median=0.6)  # fmt: skip

@@ -24,6 +24,7 @@ PROMISED = {
 }  # fmt: skip
 #: Sources whose tests are named after something else.
 TESTED_IN = {
+    "__main__": "cli/test_main.py",
     "ops/arguments": "test_ops.py",
     "ops/codes": "test_ops.py",
     "ops/encoder": "kernels/test_encoder.py",

@@ -52,12 +52,16 @@ def test_version_names_pybsp_torch_and_isa(cli):
     assert "isa" in run.stdout
 
 
-def test_the_package_runs_as_the_command(tmp_path):
+@pytest.mark.parametrize(
+    ("argument", "status", "begin"), [("--version", 0, "pybsp "), ("prun", 2, "")]
+)
+def test_the_package_runs_as_the_command(tmp_path, argument, status, begin):
     run = subprocess.run(
-        [sys.executable, "-m", "pybsp", "--version"],
-        cwd=tmp_path, capture_output=True, text=True, check=True,
+        [sys.executable, "-m", "pybsp", argument],
+        cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
-    assert run.stdout.startswith("pybsp ")
+    assert run.returncode == status
+    assert run.stdout.startswith(begin)
 
 
 @pytest.mark.parametrize(
