@@ -38,11 +38,11 @@ inline Vec exp(Vec a, float factor, float lowest) {
 }
 
 // 2^(a + shift - kShift) under 2^22; zero under 2^-125.5, whatever a is, -infinity too,
-// of which r is NaN and dropped. shift is an even integer with which the sum has no bits
-// for a fraction. A polynomial of degree 6 fitted to 2^r, |r| <= 1/2, with relative
-// error 2e-9. NaN without a payload, as operations make it, stays NaN. AVX-512 has one
-// instruction for r, but Zen 4's waits for what was in its destination, here for the
-// exponential before.
+// of which r is NaN and dropped. shift is an even integer with which the sum has no
+// bits for a fraction. A polynomial of degree 6 fitted to 2^r, |r| <= 1/2, with
+// relative error 2e-9. NaN without a payload, as operations make it, stays NaN. AVX-512
+// has one instruction for r, but Zen 4's waits for what was in its destination, here
+// for the exponential before.
 inline Vec exp2(Vec a, Vec shift) {
   const Vec shifted = add(a, shift);
   const Vec r = sub(a, sub(shifted, shift));
