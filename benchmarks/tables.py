@@ -36,6 +36,7 @@ GLUE_TASKS = ("mrpc", "stsb", "cola", "rte", "sst2")
 #: today's rate belongs beside it.
 DEFAULT, BEFORE = "reconstruct", "layer-error"
 USUAL_BLOCK = "8,1"
+#: The sparsity with most tasks and seeds.
 HEADLINE = 0.8
 #: What follows the name of a section's results from the machines before, of Intel.
 EARLIER = "_xeon"
