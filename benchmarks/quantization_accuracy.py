@@ -1,13 +1,14 @@
 """Accuracy of all-MiniLM-L6-v2 at 80 % in int8, against its own float32 form.
 
-The float32 models are those that ``pybsp glue`` left in STUDY, of every task and seed.
-Their int8 forms: quantised as they are (``post_training``), and trained in int8 for
-some more steps (``aware``), beside as many steps in float32 (``longer``), since
-training on changes a model by itself. Scores are those of the whole development set
-after the last step, by the packed models. Finished parts are skipped and interrupted
-ones resumed.
+The float32 models are those of one variant that ``pybsp glue`` left in STUDY, of every
+task and seed. Their int8 forms: quantised as they are (``post_training``), and trained
+in int8 for some more steps (``aware``), beside as many steps in float32 (``longer``),
+since training on changes a model by itself. Scores are those of the whole development
+set after the last step, by the packed models. Finished parts are skipped and
+interrupted ones resumed.
 
-    python -m benchmarks.quantization_accuracy --data DIR --study DIR [--tasks sst2]
+    python -m benchmarks.quantization_accuracy --data DIR --study DIR \\
+        [--variant layer-error] [--tasks sst2]
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from benchmarks import result
 from benchmarks.section import console, text_table
 from benchmarks.studied import AS_PRUNED, UNSEEN, UNSEEN_METRIC, Studied
 from pybsp.cli.models import quiet
-from pybsp.cli.study import Cell
+from pybsp.cli.study import VARIANTS, Cell
 from pybsp.cli.timing import torch_threads
 from pybsp.cli.workspace import RESULTS
 
@@ -39,9 +40,9 @@ DIFFERENCES = {
 }
 
 
-def cells(study: Path, tasks: Sequence[str]) -> list[Cell]:
-    """The finished runs at 80 % of the default recipe, all seeds."""
-    files = (study / "runs").glob(f"*-reconstruct-80-8x1-*/{RESULTS}")
+def cells(study: Path, variant: str, tasks: Sequence[str]) -> list[Cell]:
+    """The finished runs at 80 % of a variant, all seeds."""
+    files = (study / "runs").glob(f"*-{variant}-80-8x1-*/{RESULTS}")
     found = [Cell.from_name(file.parent.name) for file in files]
     return sorted(
         (cell for cell in found if cell.task in tasks),
@@ -122,13 +123,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--study", type=Path, required=True)
+    parser.add_argument("--variant", choices=VARIANTS, default="reconstruct")
     parser.add_argument("--tasks", nargs="+", choices=EPOCHS, default=list(EPOCHS))
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     quiet()
     records = []
     with torch_threads(arguments.threads):
-        for cell in cells(arguments.study, arguments.tasks):
+        for cell in cells(arguments.study, arguments.variant, arguments.tasks):
             run = Studied(arguments.data, arguments.study, cell)
             complete(run)
             records.append(record(run))

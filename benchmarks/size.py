@@ -1,12 +1,12 @@
 """Bytes of all-MiniLM-L6-v2 on disk by sparsity and type, with accuracy and latency.
 
-sst2, one seed: the models that ``pybsp glue`` left in STUDY, and each of them quantised
-as it is. Bytes are those of the encoder's layers in the checkpoint: values, indices,
-scales, and what is not pruned (biases and norms); embeddings and the rest of the file
-stand beside them. Latencies are those of the base models, batch 1, 128 tokens, in
-turns.
+sst2, one seed: the models of one variant that ``pybsp glue`` left in STUDY, and each of
+them quantised as it is. Bytes are those of the encoder's layers in the checkpoint:
+values, indices, scales, and what is not pruned (biases and norms); embeddings and the
+rest of the file stand beside them. Latencies are those of the base models, batch 1, 128
+tokens, in turns.
 
-    python -m benchmarks.size --data DIR --study DIR
+    python -m benchmarks.size --data DIR --study DIR [--variant layer-error]
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pybsp.blocks import BlockShape
 from pybsp.cli import checkpoints, measurement
 from pybsp.cli.bench import check_same
 from pybsp.cli.models import quiet
-from pybsp.cli.study import Cell
+from pybsp.cli.study import VARIANTS, Cell
 from pybsp.cli.timing import torch_threads
 from pybsp.nn import BlockSparseLinear
 from pybsp.pruning.targets import select_targets
@@ -43,8 +43,10 @@ KINDS = {
     ".weight_crow_indices": "indices", ".weight_col_indices": "indices",
 }  # fmt: skip
 DENSE_BLOCKS: tuple[BlockShape, ...] = ((8, 1), (16, 4))
-#: Sparsity and blocks of the run whose dense model stands for all.
-FIRST = (0.8, "8,1")
+#: Sparsity and blocks of a run.
+Pruning = tuple[float, str]
+#: Of the run whose dense model stands for all.
+FIRST: Pruning = (0.8, "8,1")
 PRUNED: tuple[tuple[float, BlockShape], ...] = (
     (0.5, (8, 1)), (0.8, (8, 1)), (0.8, (16, 4)), (0.9, (8, 1)),
 )  # fmt: skip
@@ -59,12 +61,12 @@ class Model:
     dtype: str
 
     @property
-    def cell(self) -> Cell:
+    def run(self) -> Pruning:
         """The run of the study that it comes from, or whose dense model it is."""
         if not self.sparsity:
-            return Cell(TASK, "reconstruct", *FIRST, 0)
+            return FIRST
         rows, columns = self.block_shape or (1, 1)
-        return Cell(TASK, "reconstruct", self.sparsity, f"{rows},{columns}", 0)
+        return self.sparsity, f"{rows},{columns}"
 
     @property
     def form(self) -> str:
@@ -75,11 +77,11 @@ class Model:
             return "dense-{}x{}".format(*self.block_shape)
         return AS_PRUNED if self.dtype == "float32" else "post_training"
 
-    def folder(self, runs: Mapping[Cell, Studied]) -> Path:
-        run = runs[self.cell]
+    def folder(self, runs: Mapping[Pruning, Studied]) -> Path:
+        run = runs[self.run]
         return run.dense if self.block_shape is None else run.packed(self.form)
 
-    def load(self, runs: Mapping[Cell, Studied]) -> Any:
+    def load(self, runs: Mapping[Pruning, Studied]) -> Any:
         model = checkpoints.load(self.folder(runs))
         if self.block_shape is not None:
             check_same(copy.deepcopy(model).dequantize(), model, 128)
@@ -93,12 +95,14 @@ MODELS = [
 ]
 
 
-def make(data: Path, study: Path) -> dict[Cell, Studied]:
+def make(data: Path, study: Path, variant: str) -> dict[Pruning, Studied]:
     """The runs, with the forms and scores that were missing."""
-    cells = dict.fromkeys(model.cell for model in MODELS)
-    runs = {cell: Studied(data, study, cell) for cell in cells}
+    runs = {
+        run: Studied(data, study, Cell(TASK, variant, *run, 0))
+        for run in dict.fromkeys(model.run for model in MODELS)
+    }
     for model in MODELS:
-        run = runs[model.cell]
+        run = runs[model.run]
         scores = run.scores.get(model.form)
         if scores and (UNSEEN_METRIC in scores or "unseen" not in run.splits):
             continue
@@ -150,7 +154,7 @@ def tensors(file: Path) -> Iterator[tuple[str, int]]:
             yield key, size * int(np.prod(tensor.get_shape(), dtype=np.int64))
 
 
-def latencies(runs: Mapping[Cell, Studied], seconds: float) -> Rounds:
+def latencies(runs: Mapping[Pruning, Studied], seconds: float) -> Rounds:
     calls: dict[Model, Callable[[], object]] = {}
     for model in MODELS:
         module = model.load(runs)
@@ -160,7 +164,7 @@ def latencies(runs: Mapping[Cell, Studied], seconds: float) -> Rounds:
         return take_turns(calls, seconds=seconds, always_warm=True)
 
 
-def measure(runs: Mapping[Cell, Studied], seconds: float) -> list[dict[str, Any]]:
+def measure(runs: Mapping[Pruning, Studied], seconds: float) -> list[dict[str, Any]]:
     dense = MODELS[0]
     whole = sizes(dense.folder(runs))
     rounds = latencies(runs, seconds)
@@ -176,7 +180,7 @@ def measure(runs: Mapping[Cell, Studied], seconds: float) -> list[dict[str, Any]
             "ratio": round(whole["encoder"] / found["encoder"], 2),
             "arithmetic": round(32 / bits / (1 - model.sparsity), 1),
             "file_ratio": round(whole["file"] / found["file"], 2),
-            "scores": runs[model.cell].scores[model.form],
+            "scores": runs[model.run].scores[model.form],
             "latency": rounds.to_dict(model),
             "faster": round(rounds.ratio(dense, model), 2),
         })  # fmt: skip
@@ -207,12 +211,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--study", type=Path, required=True)
+    parser.add_argument("--variant", choices=VARIANTS, default="reconstruct")
     parser.add_argument("--seconds", type=float, default=30.0, help="of timing")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     quiet()
     with torch_threads(arguments.threads):
-        runs = make(arguments.data, arguments.study)
+        runs = make(arguments.data, arguments.study, arguments.variant)
         data = {
             "task": TASK,
             "metric": METRIC,

@@ -58,3 +58,19 @@ def test_differences_are_those_of_each_seed():
         "+1.50 ± 2.00 (+2.00, +1.00)", "+1.50 ± 2.00 (+3.00, +0.00)",
         "+0.00 ± 2.00 (+1.00, -1.00)",
     ]  # fmt: skip
+
+
+def test_cells_are_those_of_one_variant(tmp_path):
+    for name in ("mrpc-layer-error-80-8x1-seed1", "mrpc-reconstruct-80-8x1-seed0",
+                 "mrpc-layer-error-80-8x1-seed0", "mrpc-layer-error-90-8x1-seed0",
+                 "cola-layer-error-80-8x1-seed0"):  # fmt: skip
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "results.json").touch()
+    (tmp_path / "runs" / "rte-layer-error-80-8x1-seed0").mkdir()  # not finished
+    found = quantization_accuracy.cells(
+        tmp_path, "layer-error", ["cola", "mrpc", "rte"]
+    )
+    assert [cell.name for cell in found] == [
+        "cola-layer-error-80-8x1-seed0", "mrpc-layer-error-80-8x1-seed0",
+        "mrpc-layer-error-80-8x1-seed1",
+    ]  # fmt: skip
