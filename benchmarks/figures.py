@@ -251,8 +251,7 @@ def accuracy() -> Figure | None:
     over = "mean over " if len(tasks) > 1 else ""
     figure.suptitle(f"all-MiniLM-L6-v2, {over}{', '.join(sorted(tasks))}", fontsize=10)
     left, right = figure.subplots(1, 2, sharey=True)
-    # Of one CPU: times of two do not compare.
-    timed = {name: latencies(name, "encoder.json") for name in (DEFAULT, BEFORE)}
+    timed = latencies(DEFAULT)
     for variant, block in dict.fromkeys((key[0], key[2]) for key in found):
         text = f"({block.replace(',', ', ')})"
         colour, marker = STYLES.get(text.replace("in/8", "96"), ("black", "x"))
@@ -267,16 +266,16 @@ def accuracy() -> Figure | None:
         ]
         left.plot(*zip(*curve, strict=True), **style)
         against = [
-            (timed[variant][sparsity, block]["packed"]["median_ms"], change)
+            (timed[sparsity, block]["packed"]["median_ms"], change)
             for sparsity, change in curve
-            if (sparsity, block) in timed[variant]
+            if (sparsity, block) in timed
         ]
-        if against:
+        # Those of before were timed on another CPU.
+        if against and variant == DEFAULT:
             right.plot(*zip(*against, strict=True), **style)
     dense = [
         min(t["median_ms"] for name, t in times.items() if name != "packed")
-        for rows in timed.values()
-        for times in rows.values()
+        for times in timed.values()
     ]
     if dense:
         right.plot(statistics.median(dense), 0, color="black", marker="*", markersize=9,

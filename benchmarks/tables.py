@@ -35,6 +35,8 @@ GLUE_TASKS = ("mrpc", "stsb", "cola", "rte", "sst2")
 #: the study was run, all of it with ``--prune-lr 5e-4`` at 80 % and above: no run at
 #: today's rate belongs beside it.
 DEFAULT, BEFORE = "reconstruct", "layer-error"
+#: The results of ``benchmarks.encoder`` for their checkpoints, each of one CPU.
+TIMED = {DEFAULT: "encoder_zen4", BEFORE: "encoder"}
 USUAL_BLOCK = "8,1"
 #: The sparsity with most tasks and seeds.
 HEADLINE = 0.8
@@ -90,13 +92,10 @@ def cell_score(cell: study.Cell, stage: str, folder: str = "glue") -> float:
     return study.score(cell_results(cell, folder)["scores"][stage])
 
 
-def latencies(
-    variant: str, files: str = "encoder*.json"
-) -> dict[tuple[float, str], dict[str, Any]]:
-    """By sparsity and block, the latency of one of the checkpoints: of those of the
-    first file that has one."""
+def latencies(variant: str) -> dict[tuple[float, str], dict[str, Any]]:
+    """By sparsity and block, the latency of one of the checkpoints."""
     timed: dict[tuple[float, str], dict[str, Any]] = {}
-    for run in load(files):
+    for run in load(f"{TIMED[variant]}.json"):
         for row in run["rows"]:
             cell = study.Cell.from_name(row["run"])
             if cell.variant == variant:
@@ -158,21 +157,22 @@ def glue(variant: str = DEFAULT) -> str:
 
 
 def whole_tasks() -> str:
-    """What was the default recipe, with all rows of every task, where ``glue`` has a
-    part of sst2's."""
+    """All rows of every task, where ``glue`` has a part of sst2's: the default recipe
+    and what was it before, each beside its own dense models."""
     whole = study.summaries(RESULTS / "glue_whole", studied("glue_whole"))
-    ((setting, row),) = whole.items()
-    row = {**by_variant(setting[0])[setting], **row}
-    tasks = [task for task in GLUE_TASKS if task in row]
-    dense = [statistics.fmean(row[task].dense) for task in tasks]
-    (scores,) = score_rows({setting: row}, tasks)
-    return markdown(
-        ["", *tasks, "mean change"],
-        [
-            ["dense", *(f"{score:.1f}" for score in dense), ""],
-            [f"{setting[1]:.0%}", *scores],
-        ],
-    )
+    whole = {s: {**by_variant(s[0])[s], **row} for s, row in whole.items()}
+    tasks = [task for task in GLUE_TASKS if any(task in row for row in whole.values())]
+    rows = []
+    for setting, scores in zip(whole, score_rows(whole, tasks), strict=True):
+        variant, sparsity, _ = setting
+        dense = (
+            f"{statistics.fmean(whole[setting][task].dense):.1f}"
+            if task in whole[setting]
+            else ""
+            for task in tasks
+        )
+        rows += [[variant, "dense", *dense, ""], ["", f"{sparsity:.0%}", *scores]]
+    return markdown(["variant", "sparsity", *tasks, "mean change"], rows)
 
 
 def variants(

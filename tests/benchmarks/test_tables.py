@@ -107,7 +107,7 @@ def test_studies_stand_beside_the_dense_model(results: Path) -> None:
     times = {"packed": {"median_ms": 2.0}, "dense": {"median_ms": 9.0},
              "openvino": {"median_ms": 8.0}}  # fmt: skip
     row = {"run": "mrpc-reconstruct-80-8x1-seed0", "candidates": times}
-    result.save("encoder", {"rows": [row]})
+    result.save("encoder_zen4", {"rows": [row]})
     assert tables.glue().splitlines()[2:] == [
         "|  | dense | 87.0 | 30.0 |  |  |  |",
         "| (8, 1) | 44% | 87.0 (+1.0) |  | +1.0 |  |  |",
@@ -128,11 +128,15 @@ def test_all_rows_of_a_task_take_the_place_of_a_part(results: Path) -> None:
     write_run(results / "glue" / "mrpc-layer-error-80-8x1-seed0", 0.86, 0.85)
     write_run(results / "glue" / "sst2-layer-error-80-8x1-seed0", 0.88, 0.80)
     write_run(results / "glue_whole" / "sst2-layer-error-80-8x1-seed0", 0.90, 0.89)
+    write_run(results / "glue" / "cola-reconstruct-80-8x1-seed0", 0.30, 0.31)
+    write_run(results / "glue_whole" / "sst2-reconstruct-80-8x1-seed0", 0.91, 0.92)
     assert tables.whole_tasks().splitlines() == [
-        "|  | mrpc | sst2 | mean change |",
-        "| --- | ---: | ---: | ---: |",
-        "| dense | 86.0 | 90.0 |  |",
-        "| 80% | 85.0 (-1.0) | 89.0 (-1.0) | -1.0 |",
+        "| variant | sparsity | mrpc | cola | sst2 | mean change |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| reconstruct | dense |  | 30.0 | 91.0 |  |",
+        "|  | 80% |  | 31.0 (+1.0) | 92.0 (+1.0) | +1.0 |",
+        "| layer-error | dense | 86.0 |  | 90.0 |  |",
+        "|  | 80% | 85.0 (-1.0) |  | 89.0 (-1.0) | -1.0 |",
     ]
 
 
